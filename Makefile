@@ -1,0 +1,61 @@
+# Needs Python 3.11 or newer, pip and make. Everything is installed into .venv, once, and again when it goes stale.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+DEMO ?=
+TESTS ?= tests
+PYTEST_WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench demo-models build clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.installed ## Watch a search raise the reward of an answer (DEMO="--prompts 3" passes options)
+	$(BIN)/langchain-aisp demo $(DEMO)
+
+test: $(VENV)/.installed-dev ## Run every test, the examples and the code in the docs (TESTS=path narrows it)
+	$(BIN)/python -m pytest --numprocesses $(PYTEST_WORKERS) --dist loadfile $(TESTS)
+
+lint: $(VENV)/.installed-dev ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev ## Rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed ## Measure quality and speed
+	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.speed
+
+demo-models: $(VENV)/.installed ## Train the demo's language and reward model anew
+	$(BIN)/python -m training.build
+
+build: $(VENV)/.installed ## Build the wheel and the source distribution into dist/
+	$(INSTALL) build
+	$(BIN)/python -m build
+
+clean: ## Remove .venv, caches and built packages
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "langchain-aisp needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)."; \
+	  echo "Name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing langchain-aisp and its dependencies into $(VENV); the first time this takes minutes."
+	$(INSTALL) --upgrade pip
+	$(INSTALL) --editable '.[cli]'
+	@touch $@
+
+# pip reads dependency groups since version 25.1; the rule above has brought a newer one.
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(INSTALL) --group dev
+	@touch $@
