@@ -1,0 +1,50 @@
+"""From logits to tokens: temperature, top-k, top-p and the draw by inverse CDF, one row independent of the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def draw(logits: Tensor, uniforms: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
+    """Draw one token per row.
+
+    Args:
+        logits: [r, V] float32; forbidden tokens are ``-inf``.
+        uniforms: [r] in (0, 1); ignored where the temperature is 0.
+        temperature: [r] float32; 0 takes the likeliest token.
+        top_p: [r] float32 in (0, 1].
+        top_k: [r] int64; 0 keeps all.
+
+    Returns:
+        [r] int64 token ids.
+    """
+    greedy = temperature == 0
+    if bool(greedy.all()):
+        return logits.argmax(dim=-1)
+    scaled = logits / torch.where(greedy, 1.0, temperature).unsqueeze(1)
+    narrowed = (top_p < 1) | (top_k > 0)
+    if bool(narrowed.any()):
+        scaled[narrowed] = restrict(scaled[narrowed], top_p[narrowed], top_k[narrowed])
+    tokens = inverse_cdf(scaled.softmax(dim=-1), uniforms)
+    return torch.where(greedy, logits.argmax(dim=-1), tokens)
+
+
+def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """The token at which the cumulated probability [r, V] passes the uniform [r]; never one of probability 0."""
+    cdf = probabilities.cumsum(dim=-1)
+    total = cdf[:, -1]
+    threshold = torch.minimum(uniforms * total, total.nextafter(torch.zeros_like(total)))  # rounding must not reach it
+    return torch.searchsorted(cdf, threshold.unsqueeze(1), right=True).squeeze(1)
+
+
+def restrict(logits: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
+    """Set to ``-inf`` what lies outside each row's top-k and then outside its nucleus."""
+    values, order = logits.sort(dim=-1, descending=True)
+    ranks = torch.arange(logits.shape[1], device=logits.device)
+    allowed = torch.where(top_k > 0, top_k, logits.shape[1]).unsqueeze(1)
+    values = values.masked_fill(ranks >= allowed, -torch.inf)
+    probabilities = values.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    values = values.masked_fill(before >= top_p.unsqueeze(1), -torch.inf)
+    return torch.full_like(logits, -torch.inf).scatter(1, order, values)

@@ -1,0 +1,292 @@
+"""Records and protocols that every layer shares; imports torch and nothing else.
+
+One letter per axis in the whole package: N rows of one wave, L positions of a response (``max_tokens``),
+T controlled positions (the horizon), D width of the pre-logits, V vocabulary, K alternatives, r any subset of rows.
+"""
+
+from __future__ import annotations
+
+from asyncio import AbstractEventLoop
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+Chat = Sequence[Mapping[str, Any]]
+"""A conversation: dicts with at least ``role`` and ``content``, as chat templates take them."""
+
+FinishReason = Literal["stop", "length", "timeout"]
+Observable = Literal["base_logprobs", "alternatives", "scores"]
+
+T_co = TypeVar("T_co", covariant=True)
+StateT = TypeVar("StateT")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation, tokenised.
+
+    Attributes:
+        chat: The conversation the ids were made from.
+        ids: Token ids, ending where the answer begins.
+        key: Noise identity of the request, a hash of seed and ids: the same whoever else runs, and whenever.
+    """
+
+    chat: Chat
+    ids: tuple[int, ...]
+    key: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one token is drawn from the (steered) logits.
+
+    Attributes:
+        max_tokens: Longest response, in tokens; L everywhere.
+        min_tokens: No end token before so many tokens; 1 keeps answers non-empty.
+        temperature: Divides the logits; 0 takes the likeliest token (argmax).
+        top_p: Keeps the smallest set of tokens with this probability mass; 1 keeps all.
+        top_k: Keeps the k likeliest tokens; 0 keeps all.
+        stop: Strings that end a response; they are trimmed from its text.
+    """
+
+    max_tokens: int = 256
+    min_tokens: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Reject values no decoder can follow."""
+        require(self.max_tokens >= 1, f"max_tokens must be at least 1, got {self.max_tokens}")
+        require(0 <= self.min_tokens <= self.max_tokens, f"min_tokens must be in [0, max_tokens], got {self.min_tokens}")
+        require(self.temperature >= 0, f"temperature must not be negative, got {self.temperature}; 0 means argmax")
+        require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}; 1 keeps every token")
+        require(self.top_k >= 0, f"top_k must not be negative, got {self.top_k}; 0 keeps every token")
+        require(all(self.stop), "a stop string must not be empty")
+
+
+class Steering(Protocol):
+    """What is added to the pre-logits of a row before the model's head sees them."""
+
+    @property
+    def open_loop(self) -> bool:
+        """True when ``offset`` ignores ``hidden``, so that it can be computed before the step."""
+
+    def offset(self, rows: Tensor, positions: Tensor, keys: Tensor, hidden: Tensor | None) -> Tensor:
+        """Offsets for some rows of the wave.
+
+        Args:
+            rows: [r] int64, indices into the wave.
+            positions: [r] int64, the response position each row is about to fill.
+            keys: [r] int64, the noise keys of those positions.
+            hidden: [r, D] pre-logits of the model, or None for open-loop steering.
+
+        Returns:
+            [r, D] float32 offsets.
+        """
+
+
+@dataclass(frozen=True)
+class Wave:
+    """N responses wanted for one prompt; a pure value: retry it, split it by rows, ship it elsewhere, same answer.
+
+    Attributes:
+        prompt: The shared prompt.
+        prefix: [N, L] int64; row n keeps ``prefix[n, :cut[n]]`` and is decoded from there. Other entries are ignored.
+        cut: [N] int64; 0 starts from scratch.
+        keys: [N, L] int64, a noise key per row and position. A child copies its parent's keys where it copies tokens.
+        sampling: How tokens are drawn.
+        steering: Offsets to the pre-logits, or None.
+        observe: Extras that cost time: ``base_logprobs`` (log-probability of each drawn token under the unsteered
+            model at temperature 1, among the tokens allowed at its position), ``alternatives`` (its likeliest tokens
+            per position), ``scores`` (gradient of that log-probability by the pre-logits).
+    """
+
+    prompt: Prompt
+    prefix: Tensor
+    cut: Tensor
+    keys: Tensor
+    sampling: Sampling
+    steering: Steering | None = None
+    observe: frozenset[Observable] = frozenset()
+
+    def __len__(self) -> int:
+        """Number of rows N."""
+        return int(self.cut.shape[0])
+
+
+@dataclass(frozen=True)
+class Response:
+    """One candidate answer as a person or a reward sees it."""
+
+    text: str
+    finish_reason: FinishReason = "stop"
+    reasoning: str | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """False when the response was cut off; a cut-off response never beats a complete one."""
+        return self.finish_reason == "stop"
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The decoded wave.
+
+    Attributes:
+        tokens: [N, L] int64 with the kept prefix and, where one was drawn, the end token; -1 after the end.
+        lengths: [N] int64, tokens per row, the end token included.
+        responses: N candidates.
+        sampled_tokens: Tokens that were decoded for this wave, kept prefixes not counted.
+        observed: What the wave asked to observe, on the CPU, defined at the decoded positions (from ``cut`` on):
+            ``base_logprobs`` [N, L]; ``alternatives`` [N, L, K] token ids with ``alternative_logprobs`` [N, L, K];
+            ``scores`` [N, L, D].
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    responses: tuple[Response, ...]
+    sampled_tokens: int
+    observed: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> Tensor:
+        """[N] bool, False where a response was cut off."""
+        return torch.tensor([response.complete for response in self.responses], dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a method may know of the model's head.
+
+    Attributes:
+        width: D, the width of the pre-logits.
+        spread: Standard deviation, over the vocabulary, of the logits that standard normal pre-logits give:
+            the unit that makes a perturbation's sigma mean the same on every model.
+    """
+
+    width: int
+    spread: float
+
+
+class Ticket(Generic[T_co]):
+    """Work in flight. Leaving ``with ticket:`` cancels what is not done.
+
+    Attributes:
+        future: Holds the result; wait for it in a thread, or await ``asyncio.wrap_future(ticket.future)``.
+    """
+
+    def __init__(self, future: Future[T_co], cancel: Callable[[], object] = lambda: None) -> None:
+        """Wrap a future and the way to abandon it."""
+        self.future = future
+        self._cancel = cancel
+
+    def cancel(self) -> None:
+        """Abandon the work; thread-safe, harmless when it is done."""
+        if not self.future.done() or self.future.cancelled():  # asyncio may have cancelled the bare future already
+            self._cancel()
+            self.future.cancel()
+
+    def __enter__(self) -> Ticket[T_co]:
+        """Enter the scope after which unfinished work is abandoned."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Abandon unfinished work."""
+        self.cancel()
+
+
+class Engine(Protocol):
+    """Turns waves into rollouts."""
+
+    @property
+    def name(self) -> str:
+        """Id or path of the model, for metadata and cache keys."""
+
+    @property
+    def head(self) -> Head:
+        """Width and spread of the model's head."""
+
+    def encode(self, chat: Chat, *, seed: int = 0, continue_last: bool = False) -> Prompt:
+        """Tokenise a conversation with the model's own chat template."""
+
+    def submit(self, wave: Wave, *, deadline: float | None = None) -> Ticket[Rollouts]:
+        """Start decoding; ``deadline`` is on the clock of ``time.monotonic``, after it rows are cut off."""
+
+
+class Reward(Protocol):
+    """Scores candidates; higher is better."""
+
+    @property
+    def name(self) -> str:
+        """For error messages and metadata."""
+
+    @property
+    def fingerprint(self) -> str:
+        """For cache keys: two rewards that may score differently never share one."""
+
+    def submit(
+        self, pairs: Sequence[tuple[Chat, Response]], *, loop: AbstractEventLoop | None = None
+    ) -> Ticket[Tensor]:
+        """Start scoring flat pairs; the result is [len(pairs)] float32, all finite.
+
+        Args:
+            pairs: Conversations and candidates.
+            loop: The caller's running event loop when the caller awaits the ticket; None when a thread waits for it.
+        """
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a method is given to solve."""
+
+    prompt: Prompt
+    sampling: Sampling
+    head: Head
+
+
+Info = Mapping[str, float]
+"""What a person wants to see of one update: ``ess`` and ``control_kl`` at least, numbers only."""
+
+
+class Method(Protocol[StateT]):
+    """A search: a frozen dataclass of hyper-parameters with pure verbs; noise comes from keys, never a generator.
+
+    State is what the next step needs; info is what a person wants to see.
+    """
+
+    @property
+    def name(self) -> str:
+        """Short name for tables and metadata."""
+
+    @property
+    def iterations(self) -> int:
+        """Most waves one search may propose."""
+
+    def init(self, problem: Problem) -> StateT:
+        """The state before the first wave."""
+
+    def propose(self, state: StateT) -> Wave:
+        """The next wave."""
+
+    def update(self, state: StateT, wave: Wave, rollouts: Rollouts, rewards: Tensor) -> tuple[StateT, Info]:
+        """Learn from a wave's rewards [N]."""
+
+
+class ContextLengthError(ValueError):
+    """The prompt and the answer that was asked for do not fit into the model's context."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ``ValueError(message)`` unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
