@@ -1,0 +1,63 @@
+"""From rewards to importance weights, and from a wanted effective sample size to a reward temperature."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from langchain_aisp.types import require
+
+_DECADES = 9.0
+"""How far, in powers of ten, a reward temperature may lie from the spread of the rewards."""
+
+
+def importance_weights(rewards: Tensor, reward_temperature: float, cost: Tensor | float = 0.0) -> Tensor:
+    """Self-normalised weights ``softmax(rewards / reward_temperature - cost)``.
+
+    Args:
+        rewards: [N]; ``-inf`` gives weight 0.
+        reward_temperature: λ > 0 in units of the reward; small values keep only the best.
+        cost: [N] or a number, in nats.
+
+    Returns:
+        [N] float32 weights that sum to one.
+    """
+    best = rewards.max()  # subtracted before the division, so that adding a constant to the rewards costs no digits
+    return ((rewards - best).double() / reward_temperature - cost).softmax(dim=0).float()
+
+
+def effective_sample_size(weights: Tensor) -> float:
+    """How many equally weighted rows the weights [N] are worth, ``1 / Σ w²``: between 1 and N."""
+    return float(1.0 / weights.double().square().sum())
+
+
+def temperature_for_ess(rewards: Tensor, target: float) -> float:
+    """The reward temperature at which the weights have a wanted effective sample size.
+
+    The effective sample size grows with the temperature from the number of rows tied for the best to the number of
+    finite rewards; a target outside that range gives the nearest end. Equal rewards give equal weights at any
+    temperature, and 1 is returned.
+
+    Args:
+        rewards: [N]; rows with ``-inf`` do not count.
+        target: The wanted effective sample size, at least 1.
+
+    Returns:
+        λ > 0, for ``importance_weights``.
+    """
+    require(target >= 1, f"the target effective sample size must be at least 1, got {target}")
+    finite = rewards[rewards.isfinite()].double()
+    spread = float(finite.max() - finite.min())
+    if spread == 0:
+        return 1.0
+    low, high = -_DECADES, _DECADES
+    for _ in range(50):  # halves 18 decades down to less than float64 can tell
+        middle = (low + high) / 2
+        weights = importance_weights(finite, spread * 10.0**middle)
+        low, high = (middle, high) if effective_sample_size(weights) < target else (low, middle)
+    return float(spread * 10.0**high)
+
+
+def complete_first(rewards: Tensor, complete: Tensor) -> Tensor:
+    """Rewards [N] in which a cut-off row counts as ``-inf``, unless every row is cut off."""
+    return rewards.masked_fill(~complete, -torch.inf) if bool(complete.any()) else rewards

@@ -1,0 +1,497 @@
+"""What every method promises, whatever it does; then the arithmetic of weights, Best-of-N and the published form."""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from langchain_aisp.align import Aligned, Budget, Iteration
+from langchain_aisp.methods import published
+from langchain_aisp.methods.best_of_n import BestOfN
+from langchain_aisp.methods.published import GaussianSteering, PublishedAISP
+from langchain_aisp.methods.weights import (
+    complete_first,
+    effective_sample_size,
+    importance_weights,
+    temperature_for_ess,
+)
+from langchain_aisp.noise import fold, normal, wave_keys
+from langchain_aisp.types import Head, Method, Problem, Prompt, Response, Rollouts, Sampling, Wave
+from tests.toy import END, ToyEngine, counts, outcome, play, problem, spells
+
+SAMPLING = Sampling(max_tokens=10)
+
+METHODS: list[Method[Any]] = [
+    BestOfN(samples=24, samples_per_wave=8),
+    PublishedAISP(samples_per_iteration=8, iterations=3, sigma=1.0),
+    PublishedAISP(samples_per_iteration=8, iterations=3, sigma=0.5, horizon=4, decode="sample"),
+]
+every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+
+
+def same(left: Any, right: Any) -> bool:
+    """Equality that looks into records, containers and tensors."""
+    if isinstance(left, Tensor):
+        alike = isinstance(right, Tensor) and left.shape == right.shape
+        return alike and torch.allclose(left, right, rtol=0, atol=0, equal_nan=True)
+    if dataclasses.is_dataclass(left):
+        names = [entry.name for entry in dataclasses.fields(left)]
+        return type(left) is type(right) and all(same(getattr(left, name), getattr(right, name)) for name in names)
+    if isinstance(left, Mapping):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(same(a, b) for a, b in zip(left, right, strict=True))
+    return bool(left == right)
+
+
+def waves_of(method: Method[Any], **settings: Any) -> list[tuple[Wave, Rollouts]]:
+    """A whole search on the toy, as its waves and what was decoded for them."""
+    played = play(method, ToyEngine(), spells("badge"), SAMPLING, **settings)
+    return [(request, answer) for request, answer in played if isinstance(request, Wave)]
+
+
+@dataclass
+class Recorder:
+    """A method that keeps copies of what passed through it."""
+
+    method: Method[Any]
+    seen: list[tuple[Any, Any]] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.method, name)
+
+    def propose(self, state: Any) -> Wave:
+        first = self.method.propose(state)
+        assert same(first, self.method.propose(state)), "the same state proposed two different waves"
+        return first
+
+    def update(self, state: Any, wave: Wave, rollouts: Rollouts, rewards: Tensor) -> Any:
+        self.seen.append((state, copy.deepcopy(state)))
+        arguments = (wave, rollouts, rewards)
+        before = copy.deepcopy(arguments)
+        result = self.method.update(state, *arguments)
+        assert same(result, self.method.update(state, *arguments)), "the same update gave two different states"
+        assert all(
+            same(getattr(a, "tokens", a), getattr(b, "tokens", b)) for a, b in zip(arguments, before, strict=True)
+        )
+        return result
+
+
+# Every method
+
+
+@every_method
+def test_hyper_parameters_and_states_are_frozen(method: Method[Any]) -> None:
+    for record in (method, method.init(problem(ToyEngine(), SAMPLING))):
+        assert dataclasses.is_dataclass(record)
+        name = dataclasses.fields(record)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(record, name, None)
+
+
+@every_method
+def test_verbs_are_pure(method: Method[Any]) -> None:
+    recorder = Recorder(method)
+    outcome(play(recorder, ToyEngine(), spells("badge"), SAMPLING))
+    assert len(recorder.seen) == method.iterations
+    assert all(same(state, earlier) for state, earlier in recorder.seen), "an update changed an old state in place"
+
+
+@every_method
+def test_waves_are_well_formed(method: Method[Any]) -> None:
+    engine = ToyEngine()
+    for wave, _ in waves_of(method):
+        rows, length = len(wave), SAMPLING.max_tokens
+        assert rows > 0
+        assert wave.prefix.shape == wave.keys.shape == (rows, length)
+        assert {wave.prefix.dtype, wave.cut.dtype, wave.keys.dtype} == {torch.int64}
+        assert ((wave.cut >= 0) & (wave.cut <= length)).all()
+        kept = torch.arange(length) < wave.cut.unsqueeze(1)
+        assert ((wave.prefix >= 0) & (wave.prefix <= engine.letters))[kept].all()
+        assert wave.sampling.max_tokens == length
+
+
+@every_method
+def test_first_wave_rows_differ_from_the_very_first_token_on(method: Method[Any]) -> None:
+    wave, rollouts = waves_of(method)[0]
+    assert (wave.cut == 0).all()
+    assert len(set(wave.keys[:, 0].tolist())) == len(wave)
+    assert len(set(rollouts.tokens[:, 0].tolist())) > 1
+
+
+@every_method
+def test_a_child_keeps_its_parents_tokens_and_keys(method: Method[Any]) -> None:
+    known_tokens, known_keys = torch.empty(0, 10, dtype=torch.int64), torch.empty(0, 10, dtype=torch.int64)
+    for wave, rollouts in waves_of(method):
+        for row, cut in enumerate(wave.cut.tolist()):
+            before = max(cut - 1, 0)  # the last kept token, with its key, may be another than the parent's
+            parents = (known_tokens[:, :before] == wave.prefix[row, :before]).all(dim=1)
+            parents &= (known_keys[:, :before] == wave.keys[row, :before]).all(dim=1)
+            assert cut == 0 or parents.any()
+        known_tokens = torch.cat([known_tokens, rollouts.tokens])
+        known_keys = torch.cat([known_keys, wave.keys])
+
+
+@every_method
+def test_the_same_seed_gives_the_same_search_and_another_seed_another(method: Method[Any]) -> None:
+    first, again, other = (waves_of(method, seed=seed) for seed in (1, 1, 2))
+    assert same([rollouts.tokens for _, rollouts in first], [rollouts.tokens for _, rollouts in again])
+    assert not same([rollouts.tokens for _, rollouts in first], [rollouts.tokens for _, rollouts in other])
+
+
+@every_method
+def test_a_constant_added_to_the_rewards_changes_nothing(method: Method[Any]) -> None:
+    plain, shifted = (
+        outcome(play(method, ToyEngine(), lambda response: spells("badge")(response) + shift, SAMPLING))  # noqa: B023
+        for shift in (0.0, -64.0)
+    )
+    assert [c.tokens for c in plain.candidates] == [c.tokens for c in shifted.candidates]
+    assert plain.best.reward == shifted.best.reward + 64
+
+
+@every_method
+@pytest.mark.parametrize("samples", [1, 3, 11, 20])
+def test_a_shortened_wave_is_learned_from_like_any_other(method: Method[Any], samples: int) -> None:
+    aligned = outcome(play(method, ToyEngine(), spells("badge"), SAMPLING, budget=Budget(samples=samples)))
+    assert len(aligned.candidates) == samples
+    assert all(math.isfinite(number) for step in aligned.trace for number in step.info.values())
+
+
+@every_method
+def test_what_is_reported_is_in_range(method: Method[Any]) -> None:
+    played = list(play(method, ToyEngine(), spells("badge"), SAMPLING))
+    rows = [len(request) for request, _ in played if isinstance(request, Wave)]
+    steps = [request for request, _ in played if isinstance(request, Iteration)]
+    assert len(rows) == len(steps) == method.iterations
+    for step, count in zip(steps, rows, strict=True):
+        assert 1 <= step.ess <= count * (1 + 1e-6)
+        assert 0 <= step.control_kl < math.inf
+    assert sum(rows) == 24
+
+
+@every_method
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(max_tokens=1),
+        Sampling(max_tokens=4, min_tokens=4),
+        Sampling(max_tokens=6, min_tokens=0),
+        Sampling(max_tokens=10, temperature=0.0),
+        Sampling(max_tokens=10, top_p=0.5, top_k=3, stop=("a", "bc")),
+    ],
+    ids=["one token", "all cut off", "may be empty", "argmax", "narrow"],
+)
+def test_any_sampling_is_served(method: Method[Any], sampling: Sampling) -> None:
+    aligned = outcome(play(method, ToyEngine(), counts("d"), sampling))
+    assert isinstance(aligned, Aligned)
+    assert all(len(candidate.tokens) <= sampling.max_tokens for candidate in aligned.candidates)
+
+
+@every_method
+def test_equal_rewards_are_no_trouble(method: Method[Any]) -> None:
+    aligned = outcome(play(method, ToyEngine(), lambda response: 0.25, SAMPLING))
+    assert aligned.best.reward == 0.25
+
+
+# Weights
+
+
+@given(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=30), st.floats(0.01, 100))
+@settings(max_examples=60, deadline=None)
+def test_weights_follow_the_closed_form_and_sum_to_one(rewards: list[float], temperature: float) -> None:
+    weights = importance_weights(torch.tensor(rewards), temperature)
+    exact = [math.exp((reward - max(rewards)) / temperature) for reward in rewards]
+    assert weights.tolist() == pytest.approx([value / sum(exact) for value in exact], rel=1e-5, abs=1e-7)
+    assert float(weights.double().sum()) == pytest.approx(1, abs=1e-5)
+    assert 1 - 1e-5 <= effective_sample_size(weights) <= len(rewards) * (1 + 1e-5)
+
+
+def test_weights_do_not_change_when_a_constant_is_added() -> None:
+    rewards = torch.tensor([0.25, 1.5, -2.0, 0.0])
+    for shift in (4096.0, -4096.0):
+        assert torch.equal(importance_weights(rewards + shift, 0.3), importance_weights(rewards, 0.3))
+
+
+def test_a_small_reward_temperature_takes_the_best_and_a_large_one_everything() -> None:
+    rewards = torch.tensor([0.0, 3.0, 1.0, 2.9])
+    assert importance_weights(rewards, 1e-6).tolist() == [0, 1, 0, 0]
+    assert importance_weights(rewards, 1e9).tolist() == pytest.approx([0.25] * 4)
+
+
+def test_costs_are_subtracted_in_nats() -> None:
+    rewards, cost = torch.tensor([1.0, 1.0]), torch.tensor([0.0, math.log(3.0)])
+    assert importance_weights(rewards, 2.0, cost).tolist() == pytest.approx([0.75, 0.25])
+
+
+def test_the_effective_sample_size_counts_equal_weights() -> None:
+    assert effective_sample_size(torch.tensor([0.25] * 4 + [0.0] * 9)) == pytest.approx(4)
+    assert effective_sample_size(torch.tensor([0.0, 1.0])) == 1
+
+
+@pytest.mark.parametrize("target", [1.5, 2.0, 7.3, 19.0])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e5])
+def test_the_temperature_for_an_effective_sample_size_reaches_it_on_any_scale(target: float, scale: float) -> None:
+    rewards = scale * normal(fold(1, torch.tensor(0)), 20)
+    weights = importance_weights(rewards, temperature_for_ess(rewards, target))
+    assert effective_sample_size(weights) == pytest.approx(target, rel=1e-4)
+
+
+def test_the_temperature_of_equal_rewards_is_one() -> None:
+    assert temperature_for_ess(torch.full((5,), 3.0), 2.0) == 1.0
+    assert temperature_for_ess(torch.tensor([3.0]), 1.0) == 1.0
+    assert temperature_for_ess(torch.tensor([3.0, -torch.inf]), 1.0) == 1.0
+
+
+def test_a_target_out_of_reach_gives_the_nearest_effective_sample_size() -> None:
+    tied = torch.tensor([2.0, 2.0, 2.0, 1.0, 0.0, -torch.inf])
+    fewest = importance_weights(tied, temperature_for_ess(tied, 1.0))
+    most = importance_weights(tied, temperature_for_ess(tied, 100.0))
+    assert fewest.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0, 0, 0])
+    assert most.tolist() == pytest.approx([1 / 5] * 5 + [0])
+
+
+def test_an_outlier_does_not_hide_the_differences_among_the_rest() -> None:
+    rewards = torch.tensor([-1e4, 0.0, 0.5, 1.0])
+    assert effective_sample_size(importance_weights(rewards, temperature_for_ess(rewards, 2.0))) == pytest.approx(2)
+
+
+def test_an_effective_sample_size_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        temperature_for_ess(torch.tensor([1.0, 2.0]), 0.5)
+
+
+def test_cut_off_rows_count_only_when_there_is_nothing_else() -> None:
+    rewards = torch.tensor([1.0, 5.0, 2.0])
+    assert complete_first(rewards, torch.tensor([True, False, True])).tolist() == [1.0, -math.inf, 2.0]
+    assert torch.equal(complete_first(rewards, torch.zeros(3, dtype=torch.bool)), rewards)
+
+
+# Best-of-N
+
+
+def test_the_first_samples_of_a_larger_best_of_n_are_a_smaller_one_whatever_the_waves() -> None:
+    def tokens(method: BestOfN) -> list[list[int]]:
+        return [row for _, rollouts in waves_of(method) for row in rollouts.tokens.tolist()]
+
+    large = tokens(BestOfN(64, samples_per_wave=32))
+    assert large[:32] == tokens(BestOfN(32)) == tokens(BestOfN(32, samples_per_wave=5))
+    assert len(large) == 64
+
+
+def test_best_of_n_takes_its_own_sampling_or_the_requests() -> None:
+    asked = Sampling(max_tokens=5, temperature=0.9, top_p=0.8, top_k=7)
+    start = problem(ToyEngine(), asked)
+
+    def used(method: BestOfN) -> Sampling:
+        return method.propose(method.init(start)).sampling
+
+    assert used(BestOfN()) == asked
+    assert used(BestOfN(temperature=0.0)) == replace(asked, temperature=0.0)
+    assert used(BestOfN(temperature=0.7, top_p=1.0)) == replace(asked, temperature=0.7, top_p=1.0)
+
+
+def test_best_of_n_draws_from_the_models_own_distribution() -> None:
+    engine, first_tokens = ToyEngine(), []
+    for wave, rollouts in waves_of(BestOfN(samples=4000, samples_per_wave=500)):
+        assert wave.steering is None
+        first_tokens += rollouts.tokens[:, 0].tolist()
+    start = torch.zeros(1, 10, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    logits = engine.logits(engine.prelogits(wave.prompt, *start), start[1], SAMPLING)
+    expected = logits.softmax(dim=-1).squeeze(0)
+    deviation = torch.tensor(first_tokens).bincount(minlength=10) / 4000 - expected
+    assert (deviation.abs() <= 5 * (expected * (1 - expected) / 4000).sqrt()).all()  # false alarm: 5 in a million
+    assert END not in first_tokens
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"samples": 0}, "samples"),
+        ({"samples_per_wave": 0}, "samples_per_wave"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+    ],
+)
+def test_impossible_settings_of_best_of_n_are_named(arguments: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        BestOfN(**arguments)
+
+
+# The published form
+
+
+def toy_controls(width: int = 3, horizon: int = 2) -> Problem:
+    """A problem of which only the controls matter."""
+    prompt = Prompt([{"role": "user", "content": ""}], (1,), 42)
+    return Problem(prompt, Sampling(max_tokens=horizon), Head(width, 1.0))
+
+
+def controls_of(wave: Wave) -> Tensor:
+    """The control sequences [N, T, D] a wave stands for."""
+    assert isinstance(wave.steering, GaussianSteering)
+    return torch.cat([controls for _, controls in wave.steering.sequences(wave.keys)])
+
+
+def empty_rollouts(wave: Wave, complete: Tensor | None = None) -> Rollouts:
+    flags = [True] * len(wave) if complete is None else complete.tolist()
+    responses = tuple(Response("", "stop" if flag else "length") for flag in flags)
+    return Rollouts(torch.full_like(wave.keys, -1), torch.zeros_like(wave.cut), responses, 0)
+
+
+def iterated(method: PublishedAISP, start: Problem, reward: Any) -> list[Tensor]:
+    """The mean controls of a search in which the reward is a function of the controls."""
+    state, means = method.init(start), []
+    for _ in range(method.iterations):
+        wave = method.propose(state)
+        state, _ = method.update(state, wave, empty_rollouts(wave), reward(controls_of(wave)))
+        means.append(state.mean)
+    return means
+
+
+def test_an_offset_is_the_control_of_its_row_and_position_in_any_order() -> None:
+    mean, keys = normal(torch.arange(4), 5), wave_keys(1, 0, torch.arange(6), 9)
+    steering = GaussianSteering(mean, 0.3)
+    (_, controls), *_ = steering.sequences(keys)
+    rows, positions = torch.tensor([5, 0, 0, 3]), torch.tensor([2, 0, 3, 1])
+    assert torch.equal(steering.offset(rows, positions, keys[rows, positions], None), controls[rows, positions])
+
+
+def test_nothing_is_added_from_the_horizon_on() -> None:
+    steering, keys = GaussianSteering(torch.ones(3, 5), 0.3), wave_keys(1, 0, torch.arange(2), 9)
+    offsets = steering.offset(torch.zeros(9, dtype=torch.int64), torch.arange(9), keys[0], None)
+    assert (offsets[:3] != 0).all()
+    assert (offsets[3:] == 0).all()
+
+
+def test_control_sequences_are_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    method, start = PublishedAISP(samples_per_iteration=7, alpha=0.5), toy_controls()
+    state = replace(method.init(start), mean=torch.ones(2, 3))
+    wave = method.propose(state)
+    rewards = torch.arange(7.0)
+    whole = method.update(state, wave, empty_rollouts(wave), rewards)
+    monkeypatch.setattr(published, "_CHUNK", 2 * 3 * 2)
+    chunks = method.update(state, wave, empty_rollouts(wave), rewards)
+    assert torch.allclose(whole[0].mean, chunks[0].mean, atol=1e-6)
+    assert whole[1] == pytest.approx(chunks[1])
+
+
+def test_the_weights_are_the_papers() -> None:
+    method = PublishedAISP(samples_per_iteration=6, sigma=0.8, reward_temperature=0.4, alpha=0.3)
+    mean, rewards = normal(torch.arange(2), 3), normal(torch.tensor(9), 6)
+    wave = method.propose(replace(method.init(toy_controls()), mean=mean))
+    exponents = [
+        float(rewards[i]) / 0.4 - (1 - 0.3) / 0.8**2 * float((mean * controls).sum())
+        for i, controls in enumerate(controls_of(wave))
+    ]
+    exact = [math.exp(exponent - max(exponents)) for exponent in exponents]
+    weights = method.weights(mean, wave.keys, rewards)
+    assert weights.tolist() == pytest.approx([value / sum(exact) for value in exact], rel=1e-4)
+
+
+def test_alpha_one_drops_the_cost() -> None:
+    method = PublishedAISP(samples_per_iteration=6, alpha=1.0)
+    mean, rewards = normal(torch.arange(2), 3), normal(torch.tensor(9), 6)
+    wave = method.propose(replace(method.init(toy_controls()), mean=mean))
+    assert torch.equal(method.weights(mean, wave.keys, rewards), importance_weights(rewards, 0.5))
+
+
+def test_a_tiny_reward_temperature_moves_the_mean_to_the_best_controls() -> None:
+    method = PublishedAISP(samples_per_iteration=6, reward_temperature=1e-6)
+    state = method.init(toy_controls())
+    wave, rewards = method.propose(state), normal(torch.tensor(9), 6)
+    after, info = method.update(state, wave, empty_rollouts(wave), rewards)
+    assert torch.allclose(after.mean, controls_of(wave)[rewards.argmax()])
+    assert info["ess"] == pytest.approx(1)
+
+
+def test_the_reported_divergence_is_that_of_the_new_mean() -> None:
+    method = PublishedAISP(samples_per_iteration=6, sigma=0.5)
+    state = method.init(toy_controls())
+    wave = method.propose(state)
+    after, info = method.update(state, wave, empty_rollouts(wave), normal(torch.tensor(9), 6))
+    assert info["control_kl"] == pytest.approx(float(after.mean.square().sum()) / (2 * 0.5**2))
+
+
+def test_a_cut_off_response_does_not_attract_the_mean() -> None:
+    method = PublishedAISP(samples_per_iteration=4, reward_temperature=1e-6)
+    state = method.init(toy_controls())
+    wave, rewards = method.propose(state), torch.tensor([0.0, 1.0, 9.0, 8.0])
+    complete = torch.tensor([True, True, False, False])
+    after, _ = method.update(state, wave, empty_rollouts(wave, complete), rewards)
+    assert torch.allclose(after.mean, controls_of(wave)[1])
+    after, _ = method.update(state, wave, empty_rollouts(wave, complete & False), rewards)
+    assert torch.allclose(after.mean, controls_of(wave)[2])
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_the_mean_finds_the_optimum_of_a_linear_reward(alpha: float) -> None:
+    # r(V) = g·V: one update from U gives αU + σ²g/λ, whose fixed point is σ²g / (λ (1 - α))
+    method = PublishedAISP(2000, iterations=12, sigma=0.6, reward_temperature=0.8, alpha=alpha)
+    slope = torch.tensor([[0.5, -1.0, 0.0], [0.25, 0.0, 0.75]])
+    means = iterated(method, toy_controls(), lambda controls: torch.einsum("td,ntd->n", slope, controls))
+    expected = 0.6**2 * slope / (0.8 * (1 - alpha))
+    assert (torch.stack(means[6:]).mean(dim=0) - expected).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_the_mean_finds_the_optimum_of_a_quadratic_reward(alpha: float) -> None:
+    # r(V) = -k|V - c|²/2: precisions add, so the fixed point is (kc/λ) / ((1 - α)/σ² + k/λ); with α = 1 it is c
+    method = PublishedAISP(2000, iterations=16, sigma=0.6, reward_temperature=0.5, alpha=alpha)
+    centre = torch.tensor([[1.0, -0.5, 0.0], [0.5, 0.0, -1.0]])
+    means = iterated(method, toy_controls(), lambda controls: -(controls - centre).square().sum(dim=(1, 2)) / 2)
+    expected = centre / 0.5 / ((1 - alpha) / 0.6**2 + 1 / 0.5)
+    assert (torch.stack(means[8:]).mean(dim=0) - expected).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("remembers", [False, True])
+def test_the_mean_reward_rises_over_the_iterations(remembers: bool) -> None:
+    method = PublishedAISP(32, iterations=10, sigma=1.0, reward_temperature=0.3)
+    aligned = outcome(play(method, ToyEngine(remembers=remembers, end_bias=-2.0), spells("badge"), SAMPLING))
+    means = [step.mean for step in aligned.trace]
+    assert sum(means[-3:]) / 3 > means[0] + 1
+
+
+def test_argmax_decoding_without_noise_is_the_models_own_greedy_answer() -> None:
+    quiet = PublishedAISP(samples_per_iteration=4, iterations=1, sigma=1e-6)
+    (_, steered), (_, greedy) = waves_of(quiet)[0], waves_of(BestOfN(samples=1, temperature=0.0))[0]
+    assert {tuple(row) for row in steered.tokens.tolist()} == {tuple(greedy.tokens[0].tolist())}
+
+
+def test_with_argmax_the_controls_decide_and_with_sample_they_do_not_alone() -> None:
+    def used(decode: Any) -> Sampling:
+        method = PublishedAISP(decode=decode)
+        return method.propose(method.init(problem(ToyEngine(), SAMPLING))).sampling
+
+    assert used("argmax") == replace(SAMPLING, temperature=0.0)
+    assert used("sample") == SAMPLING
+
+
+def test_the_horizon_is_never_longer_than_the_response() -> None:
+    start = problem(ToyEngine(), SAMPLING)
+    shapes = [tuple(PublishedAISP(horizon=horizon).init(start).mean.shape) for horizon in (None, 4, 99)]
+    assert shapes == [(10, 8), (4, 8), (10, 8)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"samples_per_iteration": 0}, "samples_per_iteration"),
+        ({"iterations": 0}, "iterations"),
+        ({"sigma": 0.0}, "sigma"),
+        ({"reward_temperature": 0.0}, "reward_temperature"),
+        ({"alpha": 1.5}, "alpha"),
+        ({"horizon": 0}, "horizon"),
+        ({"decode": "beam"}, "decode"),
+    ],
+)
+def test_impossible_settings_of_the_published_form_are_named(arguments: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        PublishedAISP(**arguments)
