@@ -1,0 +1,353 @@
+"""Decoding: the rows of many waves, one token per step. Knows caches and the head, no queue, no thread, no method."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from langchain_aisp import noise
+from langchain_aisp.engine.cache import Cache
+from langchain_aisp.sampling import draw
+from langchain_aisp.types import FinishReason, Wave
+
+ALTERNATIVES = 32  # likeliest tokens kept per position when a wave observes "alternatives"
+_ROW_MULTIPLE = 4  # a CPU's matrix products give a row the same bits for any count of rows from four on
+_REASONS: tuple[FinishReason, ...] = ("stop", "length", "timeout")
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Which tokens a response may hold.
+
+    Attributes:
+        forbidden: [V] float32, ``-inf`` where a token may never be drawn, else 0.
+        ends: [V] bool, True for tokens that end a response.
+        decode: Token ids to text, for stop strings.
+    """
+
+    forbidden: Tensor
+    ends: Tensor
+    decode: Callable[[Sequence[Sequence[int]]], list[str]]
+
+
+class SteeredHead:
+    """The one place where pre-logits are seen and changed: a forward-pre-hook on the model's output embeddings."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Install the hook; it does nothing outside ``editing``."""
+        self.module = module
+        self.calls = 0
+        self._edit: Callable[[Tensor], Tensor] | None = None
+        self._handle = module.register_forward_pre_hook(self._hook)
+
+    @contextmanager
+    def editing(self, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Pass the head's input through ``edit``, which may return more rows than it got."""
+        self._edit, self.calls = edit, 0
+        try:
+            yield
+        finally:
+            self._edit = None
+
+    def remove(self) -> None:
+        """Take the hook off the model."""
+        self._handle.remove()
+
+    def gradient(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        """Gradient [r, D] of each token's log-probability by the pre-logits: W[token] - E_p W, up to a scaled tail."""
+        weight = self.module.weight
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            message = f"scores need a head with floating-point weights, this one holds {type(weight).__name__}"
+            raise TypeError(message)
+        mean = logits.softmax(dim=-1).to(weight.dtype) @ weight
+        return (weight[tokens] - mean).float()
+
+    def _hook(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._edit is None:
+            return None
+        self.calls += 1
+        return (self._edit(arguments[0]), *arguments[1:])
+
+
+class Rows:
+    """Some rows of one wave while they are decoded.
+
+    ``live`` lists the rows that hold a place in the batch. A row that ends keeps its place, idly, until a few places
+    can be given up at once, since giving them up copies the rows that stay.
+    """
+
+    def __init__(
+        self, wave: Wave, index: Tensor, cache: Cache, prompt: Any, vocabulary: Vocabulary, context: int
+    ) -> None:
+        """Lay out the rows ``index`` [n] of a wave and read what they keep.
+
+        Args:
+            wave: The wave.
+            index: Which of its rows.
+            cache: The model's way to remember.
+            prompt: What ``cache.prefill`` made of all prompt tokens but the last.
+            vocabulary: Allowed and ending tokens.
+            context: Longest text of the model, in tokens.
+        """
+        device = cache.device
+        self.wave, self.index, self.vocabulary = wave, index, vocabulary
+        self.sampling = wave.sampling
+        self.steering = _to(wave.steering, device)
+        self.limit = min(self.sampling.max_tokens, context - len(wave.prompt.ids))
+        self.rows = index.to(device)
+        self.cut = wave.cut[index].to(device)
+        self.length = self.cut.clone()
+        self.keys = wave.keys[index].to(device)
+        self.uniforms = noise.uniform(self.keys)
+        kept = torch.arange(self.keys.shape[1], device=device) < self.cut[:, None]
+        self.tokens = torch.where(kept, wave.prefix[index].to(device), -1)
+        self.reason = torch.full_like(self.length, -1)  # index into _REASONS, -1 while the row is decoded
+        self._end(self.length >= self.limit, "length")
+        last = self.tokens.gather(1, (self.cut - 1).clamp(min=0)[:, None]).squeeze(1)
+        self._end((self.cut > 0) & vocabulary.ends[last.clamp(min=0)], "stop")
+        self.live = (self.reason < 0).nonzero().squeeze(1)
+        self.store = self._open(cache, prompt) if len(self.live) else None
+        self.observed = self._room_for_observations()
+        self.error: Exception | None = None  # a steering that raised spoils its own wave, not its neighbours'
+
+    def __len__(self) -> int:
+        """Places held in the batch."""
+        return len(self.live)
+
+    @property
+    def position(self) -> Tensor:
+        """[r] int64, the response position each live row is about to fill."""
+        return self.length[self.live]
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens decoded so far."""
+        return int((self.length - self.cut).sum())
+
+    @property
+    def observes_base(self) -> bool:
+        """Whether the unsteered logits are wanted beside the steered ones."""
+        return bool(self.wave.observe)
+
+    def feed(self) -> tuple[Any, Tensor, Tensor]:
+        """Store, next input tokens [r] and their absolute positions [r]."""
+        stream = self._stream(self.live)
+        position = self.position
+        last = stream.gather(1, position[:, None]).squeeze(1)
+        return self.store, last, len(self.wave.prompt.ids) - 1 + position
+
+    def offset(self, hidden: Tensor) -> Tensor:
+        """What the wave's steering adds to the pre-logits [r, D] of the live rows."""
+        assert self.steering is not None
+        position = self.position
+        keys = self.keys[self.live].gather(1, position[:, None].clamp(max=self.keys.shape[1] - 1)).squeeze(1)
+        return self.steering.offset(
+            self.rows[self.live], position, keys, None if self.steering.open_loop else hidden.float()
+        )
+
+    def accept(self, tokens: Tensor, base: Tensor | None, head: SteeredHead) -> None:
+        """Append one token per live row, observe the unsteered logits ``base`` [r, V], end and drop rows."""
+        active = self.reason[self.live] < 0
+        live, tokens = self.live[active], tokens[active]
+        position = self.length[live]
+        if base is not None:
+            self._observe(live, position, tokens, base[active], head)
+        self.tokens[live, position] = tokens
+        self.length[live] = position + 1
+        ended = torch.zeros_like(self.reason, dtype=torch.bool)
+        ended[live] = self.vocabulary.ends[tokens]
+        self._end(ended, "stop")
+        if self.sampling.stop:
+            self._end_at_stop_strings(live)
+        self._end(self.length >= self.limit, "length")
+        self._give_up_places()
+
+    @torch.inference_mode()
+    def cut_off(self) -> None:
+        """End every row now: time is up."""
+        self._end(torch.ones_like(self.reason, dtype=torch.bool), "timeout")
+        self._give_up_places()
+
+    def finish_reasons(self) -> list[FinishReason]:
+        """Why each row ended."""
+        return [_REASONS[i] for i in self.reason.tolist()]
+
+    def _stream(self, rows: Tensor) -> Tensor:
+        """The last prompt token followed by the response so far, [r, L + 1]: what follows the prefilled prompt."""
+        first = torch.full((len(rows), 1), self.wave.prompt.ids[-1], device=self.tokens.device)
+        return torch.cat([first, self.tokens[rows]], dim=1)
+
+    def _open(self, cache: Cache, prompt: Any) -> Any:
+        kept = self.position
+        streams = self._stream(self.live).tolist()
+        chains = [tuple(stream[:count]) for stream, count in zip(streams, kept.tolist(), strict=True)]
+        longest, parents = maximal_chains(chains)
+        return cache.open(prompt, longest, torch.tensor(parents, device=self.live.device), kept)
+
+    def _end(self, ended: Tensor, reason: FinishReason) -> None:
+        self.reason[ended & (self.reason < 0)] = _REASONS.index(reason)
+
+    def _end_at_stop_strings(self, live: Tensor) -> None:
+        longest = max(len(stop.encode()) for stop in self.sampling.stop) + 2  # a token holds a byte or more
+        rows = [row for row in live.tolist() if self.reason[row] < 0]
+        lengths = self.length.tolist()
+        tails = [self.tokens[row, max(0, lengths[row] - longest) : lengths[row]].tolist() for row in rows]
+        texts = self.vocabulary.decode(tails)
+        for row, text in zip(rows, texts, strict=True):
+            if any(stop in text for stop in self.sampling.stop):
+                self.reason[row] = _REASONS.index("stop")
+
+    def _give_up_places(self) -> None:
+        active = self.reason[self.live] < 0
+        count = int(active.sum())
+        if count == 0:
+            self.live, self.store = self.live[:0], None
+        elif len(self.live) - count >= _ROW_MULTIPLE:
+            places = active.nonzero().squeeze(1)
+            self.live = self.live[places]
+            self.store.select(places)
+
+    def _room_for_observations(self) -> dict[str, Tensor]:
+        rows, length = self.tokens.shape
+        kept = min(ALTERNATIVES, len(self.vocabulary.ends))
+        room = self.tokens.new_zeros
+        observed: dict[str, Tensor] = {}
+        if "base_logprobs" in self.wave.observe:
+            observed["base_logprobs"] = room((rows, length), dtype=torch.float32)
+        if "alternatives" in self.wave.observe:
+            observed["alternatives"] = room((rows, length, kept))
+            observed["alternative_logprobs"] = room((rows, length, kept), dtype=torch.float32)
+        return observed
+
+    def _observe(self, live: Tensor, position: Tensor, tokens: Tensor, base: Tensor, head: SteeredHead) -> None:
+        logprobs = base.log_softmax(dim=-1)
+        if "base_logprobs" in self.observed:
+            self.observed["base_logprobs"][live, position] = logprobs.gather(1, tokens[:, None]).squeeze(1)
+        if "alternatives" in self.observed:
+            values, ids = logprobs.topk(self.observed["alternatives"].shape[-1], dim=-1)
+            self.observed["alternatives"][live, position] = ids
+            self.observed["alternative_logprobs"][live, position] = values
+        if "scores" in self.wave.observe:
+            scores = head.gradient(tokens, base)
+            if "scores" not in self.observed:
+                self.observed["scores"] = scores.new_zeros((*self.tokens.shape, scores.shape[-1]))
+            self.observed["scores"][live, position] = scores
+
+
+def maximal_chains(chains: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """The chains that are no beginning of another one, and for each given chain which of them it begins."""
+    longest: list[tuple[int, ...]] = []
+    owner: dict[tuple[int, ...], int] = {}
+    for chain in sorted(set(chains), key=len, reverse=True):
+        parent = next((i for i, other in enumerate(longest) if other[: len(chain)] == chain), len(longest))
+        if parent == len(longest):
+            longest.append(chain)
+        owner[chain] = parent
+    return longest, [owner[chain] for chain in chains]
+
+
+def split(wave: Wave, cache: Cache, most: int) -> list[Tensor]:
+    """The wave's rows in parts that one store can hold: at most ``most`` rows, equally long ones if it must be."""
+    rows = torch.arange(len(wave))
+    groups = [rows] if cache.ragged else [rows[wave.cut == cut] for cut in wave.cut.unique().tolist()]
+    return [part for group in groups for part in group.split(most)]
+
+
+@torch.inference_mode()
+def decode_step(cache: Cache, head: SteeredHead, batch: Sequence[Rows]) -> None:
+    """Give every live row of the batch its next token: in one forward pass if the cache can, else one per part."""
+    for together in [batch] if cache.ragged else [[rows] for rows in batch]:
+        _forward(cache, head, together)
+
+
+def _forward(cache: Cache, head: SteeredHead, batch: Sequence[Rows]) -> None:
+    count = sum(map(len, batch))
+    padding = -count % _ROW_MULTIPLE if cache.ragged else 0
+    both = any(rows.observes_base and rows.steering is not None for rows in batch)
+    with head.editing(lambda hidden: _steer(hidden, batch, both)):
+        logits = cache.step([rows.feed() for rows in batch], padding).float()
+    vocabulary = batch[0].vocabulary
+    logits = logits + vocabulary.forbidden
+    steered, base = logits[:count], logits[count + padding :][:count] if both else logits[:count]
+    early = torch.cat([rows.position < rows.sampling.min_tokens for rows in batch])
+    if bool(early.any()):
+        too_early = early[:, None] & vocabulary.ends
+        steered, base = steered.masked_fill(too_early, -torch.inf), base.masked_fill(too_early, -torch.inf)
+    tokens = _draw(steered, batch)
+    first = 0
+    for rows in batch:
+        here = slice(first, first := first + len(rows))
+        rows.accept(tokens[here], base[here] if rows.observes_base else None, head)
+
+
+def _steer(hidden: Tensor, batch: Sequence[Rows], both: bool) -> Tensor:
+    """Add each part's offsets to the head's input [R, 1, D]; with ``both``, the unsteered rows follow."""
+    steered = hidden
+    first = 0
+    for rows in batch:
+        here = slice(first, first := first + len(rows))
+        if rows.steering is not None:
+            if steered is hidden:
+                steered = hidden.clone()
+            last = hidden[here, -1]
+            try:
+                steered[here, -1] = (last.float() + rows.offset(last)).to(hidden.dtype)
+            except Exception as error:
+                rows.error = error
+    return torch.cat([steered, hidden]) if both else steered
+
+
+def _draw(logits: Tensor, batch: Sequence[Rows]) -> Tensor:
+    position = [rows.position.clamp(max=rows.uniforms.shape[1] - 1) for rows in batch]
+    uniforms = [
+        rows.uniforms[rows.live].gather(1, at[:, None]).squeeze(1) for rows, at in zip(batch, position, strict=True)
+    ]
+
+    def column(name: str, dtype: torch.dtype) -> Tensor:
+        values = [getattr(rows.sampling, name) for rows in batch for _ in range(len(rows))]
+        return torch.tensor(values, dtype=dtype, device=logits.device)
+
+    return draw(
+        logits,
+        torch.cat(uniforms),
+        column("temperature", torch.float32),
+        column("top_p", torch.float32),
+        column("top_k", torch.int64),
+    )
+
+
+def time_is_up(deadline: float | None) -> bool:
+    """Whether a deadline on the monotonic clock has passed."""
+    return deadline is not None and time.monotonic() >= deadline
+
+
+def head_spread(head: nn.Module, width: int, samples: int = 32) -> float:
+    """Standard deviation over the vocabulary of the logits that standard normal pre-logits give."""
+    parameter = next(head.parameters())
+    keys = noise.fold(0, torch.arange(samples))
+    inputs = noise.normal(keys, width).to(parameter.device, parameter.dtype if parameter.is_floating_point() else None)
+    with torch.inference_mode():
+        logits = (head(inputs) - head(torch.zeros_like(inputs))).float()
+    return math.sqrt(float(logits.var(dim=-1, unbiased=False).mean()))
+
+
+def _to(steering: S, device: torch.device) -> S:
+    """The steering with its tensors on the engine's device."""
+    if steering is None or not dataclasses.is_dataclass(steering):
+        return steering
+    moved = {
+        field.name: value.to(device)
+        for field in dataclasses.fields(steering)
+        if isinstance(value := getattr(steering, field.name), Tensor)
+    }
+    return dataclasses.replace(steering, **moved)  # type: ignore[type-var]

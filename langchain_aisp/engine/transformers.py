@@ -1,0 +1,522 @@
+"""An engine on a local Hugging Face model: one thread that decodes the rows of all callers as one batch."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from langchain_aisp import noise
+from langchain_aisp.engine.cache import choose_cache, decoder_config
+from langchain_aisp.engine.decode import Rows, SteeredHead, Vocabulary, decode_step, head_spread, split, time_is_up
+from langchain_aisp.engine.loading import load_model, load_tokenizer
+from langchain_aisp.types import Chat, ContextLengthError, Head, Prompt, Response, Rollouts, Ticket, Wave, require
+
+logger = logging.getLogger(__name__)
+
+_IDLE_SECONDS = 30.0  # the thread leaves after so long without work, so that a forgotten engine frees its memory
+_SPOKEN_MARKERS = re.compile(r"tool|function|python_tag|think|channel|message", re.IGNORECASE)
+_UNLIMITED = 1 << 30
+
+
+class TransformersEngine:
+    """Decodes waves on a causal language model of Hugging Face transformers.
+
+    The model must end in one linear head (``get_output_embeddings()``); the perturbations enter through a hook on it.
+    Rows of all callers decode together, each prompt is read once and remembered, finished rows leave the batch.
+
+    Attributes:
+        name: Id or path of the model.
+        model: The transformers model; the engine's thread uses it while waves are in flight.
+        tokenizer: Its tokenizer.
+        head: Width of the pre-logits and spread of the head.
+        context_length: Longest prompt plus answer, in tokens.
+        cache: How the model remembers keys and values, see ``engine.cache``.
+        max_rows: Most rows that decode at once; halved when memory runs out.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str | None = None,
+        chat_template: str | None = None,
+        max_rows: int = 256,
+        remembered_prompts: int = 16,
+    ) -> None:
+        """Take a loaded model and its tokenizer.
+
+        Args:
+            model: A causal language model with one linear head.
+            tokenizer: Its tokenizer.
+            name: For metadata; default is the model's own name or path.
+            chat_template: A Jinja chat template that replaces the tokenizer's.
+            max_rows: Most rows that decode at once.
+            remembered_prompts: How many prompts' keys stay in memory, least recently used ones leave first.
+
+        Raises:
+            ValueError: The model has no single linear head, or there is no chat template.
+        """
+        require(max_rows >= 1, f"max_rows must be at least 1, got {max_rows}")
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.name = name or model.config.name_or_path or type(model).__name__
+        self.chat_template = chat_template or _own_template(tokenizer, self.name)
+        self.max_rows = max_rows
+        self.context_length = int(getattr(decoder_config(model), "max_position_embeddings", None) or _UNLIMITED)
+        self._head = SteeredHead(output_head(model))
+        width = _check_head(model, self._head)
+        self.head = Head(width, head_spread(self._head.module, width))
+        self.cache = choose_cache(model)
+        self._vocabulary = self._make_vocabulary()
+        self._prompts: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self._remembered_prompts = remembered_prompts
+        self._waiting: deque[_Job] = deque()
+        self._batch: list[tuple[_Job, Rows]] = []
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_id_or_path: str,
+        *,
+        revision: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str = "auto",
+        quantization: str | Any | None = None,
+        adapter: str | None = None,
+        chat_template: str | None = None,
+        trust_remote_code: bool = False,
+        max_rows: int = 256,
+    ) -> Self:
+        """Load a model from the Hugging Face hub or a folder.
+
+        Args:
+            model_id_or_path: Hub id, folder, or ``demo`` for the model that ships with the package.
+            revision: Branch, tag or commit on the hub.
+            dtype: ``auto`` (float32 on a CPU, the checkpoint's own elsewhere) or a torch dtype or its name.
+            device: ``auto`` (cuda, else mps, else cpu) or a torch device.
+            quantization: ``int8`` or ``nf4`` (bitsandbytes), or a transformers quantization config.
+            adapter: Id or path of a PEFT adapter to load on top.
+            chat_template: A Jinja chat template that replaces the tokenizer's.
+            trust_remote_code: Run code that the repository brings. Off unless you ask for it.
+            max_rows: Most rows that decode at once.
+
+        Raises:
+            ValueError: The model cannot be steered or has no chat template.
+        """
+        path = resolve(model_id_or_path)
+        model = load_model(
+            path,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            quantization=quantization,
+            adapter=adapter,
+            trust_remote_code=trust_remote_code,
+        )
+        tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
+        return cls(model, tokenizer, name=model_id_or_path, chat_template=chat_template, max_rows=max_rows)
+
+    @classmethod
+    def shared(cls, model_id_or_path: str, **options: Any) -> TransformersEngine:
+        """The process's one engine for these arguments of ``from_pretrained``, loaded at the first call."""
+        key = (cls, model_id_or_path, *sorted((name, repr(value)) for name, value in options.items()))
+        with _shared_lock:
+            lock = _shared_locks.setdefault(key, threading.Lock())
+        with lock:  # two callers that want the same model load it once; others need not wait
+            if key not in _shared or _shared[key]._closed:
+                _shared[key] = cls.from_pretrained(model_id_or_path, **options)
+            return _shared[key]
+
+    def __repr__(self) -> str:
+        """Name, class, cache and device."""
+        return f"TransformersEngine({self.name!r}, {type(self.model).__name__}, {self.cache.name}, {self.cache.device})"
+
+    def __copy__(self) -> Self:
+        """A live engine is shared, not copied."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A live engine is shared, not copied."""
+        return self
+
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled."""
+        message = (
+            f"a live TransformersEngine ({self.name}) cannot be pickled; give the chat model model={self.name!r} "
+            "instead of engine=, then it loads the model again where it is unpickled"
+        )
+        raise TypeError(message)
+
+    # -- text and tokens ----------------------------------------------------------------------------------------------
+
+    def encode(self, chat: Chat, *, seed: int = 0, continue_last: bool = False) -> Prompt:
+        """Tokenise a conversation; control tokens in its texts stay text.
+
+        Args:
+            chat: Role/content dicts.
+            seed: Any integer; with the tokens it makes the request's noise key.
+            continue_last: Continue the last message instead of answering it.
+
+        Raises:
+            ContextLengthError: No room is left for an answer.
+            ValueError: The chat template refuses the conversation.
+        """
+        ids = tuple(self._tokenize(chat, continue_last=continue_last))
+        require(len(ids) > 0, "the chat template made no tokens of the conversation; is it empty?")
+        if len(ids) >= self.context_length:
+            message = (
+                f"the conversation has {len(ids)} tokens, but {self.name} holds {self.context_length} with the answer: "
+                "shorten or summarise the conversation, or take a model with a longer context"
+            )
+            raise ContextLengthError(message)
+        return Prompt(chat, ids, noise.request_key(seed, ids))
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text, no special ones added."""
+        return len(self.token_ids(text))
+
+    def token_ids(self, text: str) -> list[int]:
+        """Token ids of a text, no special ones added."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _tokenize(self, chat: Chat, *, continue_last: bool) -> list[int]:
+        from jinja2 import TemplateError
+
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                [dict(message) for message in chat],
+                chat_template=self.chat_template,
+                add_generation_prompt=not continue_last,
+                continue_final_message=continue_last,
+                tokenize=True,
+                return_dict=False,
+                sanitize_control_tokens=True,
+            )
+        except TemplateError as error:
+            roles = [message.get("role") for message in chat]
+            message = f"the chat template of {self.name} refuses the conversation with the roles {roles}: {error}"
+            raise ValueError(message) from error
+        return list(ids)
+
+    def _make_vocabulary(self) -> Vocabulary:
+        size = _vocabulary_size(self.model, self._head)
+        ends = end_tokens(self.model, self.tokenizer)
+        forbidden = torch.zeros(size)
+        forbidden[len(self.tokenizer) :] = -torch.inf
+        for token, content in self.tokenizer.added_tokens_decoder.items():
+            if content.special and token < size and not _SPOKEN_MARKERS.search(content.content):
+                forbidden[token] = -torch.inf
+        is_end = torch.zeros(size, dtype=torch.bool)
+        is_end[[token for token in ends if token < size]] = True
+        forbidden[is_end] = 0
+        device = self.cache.device
+        return Vocabulary(forbidden.to(device), is_end.to(device), self._decode)
+
+    def _decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    # -- waves --------------------------------------------------------------------------------------------------------
+
+    def submit(self, wave: Wave, *, deadline: float | None = None) -> Ticket[Rollouts]:
+        """Start decoding a wave.
+
+        Args:
+            wave: What to decode.
+            deadline: On the clock of ``time.monotonic``; rows still being decoded then are cut off.
+
+        Returns:
+            A ticket; cancelling it takes the wave's rows out of the batch before the next step.
+        """
+        require(not self._closed, f"the engine of {self.name} is closed")
+        job = _Job(wave, deadline, split(wave, self.cache, self.max_rows))
+        with self._wake:
+            self._waiting.append(job)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name=f"aisp-{self.name}", daemon=True)
+                self._thread.start()
+            self._wake.notify()
+        return Ticket(job.future)
+
+    def close(self) -> None:
+        """Stop the thread, abandon what is in flight and take the hook off the model."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join()
+        self._head.remove()
+
+    def __enter__(self) -> Self:
+        """Close the engine when the scope ends."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the engine."""
+        self.close()
+
+    def _serve(self) -> None:
+        """The engine's thread: admit, decode a step, hand out what is done, until nothing comes any more."""
+        while self._wait_for_work():
+            try:
+                self._admit()
+                self._drop_abandoned()
+                if self._batch:
+                    decode_step(self.cache, self._head, [rows for _, rows in self._batch])
+                    self._hand_out()
+            except torch.OutOfMemoryError as error:
+                self._make_do_with_less(error)
+            except Exception as error:  # the callers get it; the thread must outlive a broken wave
+                self._fail(error)
+
+    def _wait_for_work(self) -> bool:
+        with self._wake:
+            if not self._waiting and not self._batch and not self._closed:
+                self._wake.wait(_IDLE_SECONDS)
+            if self._waiting or self._batch:
+                if not self._closed:
+                    return True
+                self._fail(RuntimeError(f"the engine of {self.name} was closed"))
+            self._thread = None
+            return False
+
+    def _admit(self) -> None:
+        """Let waiting rows in, first come first served, while there is room."""
+        room = self.max_rows - sum(len(rows) for _, rows in self._batch)
+        while room > 0:
+            with self._wake:
+                job = self._waiting[0] if self._waiting else None
+                if job is None or (self._batch and not job.future.cancelled() and len(job.parts[0]) > room):
+                    return
+                part = job.parts.popleft()
+                if not job.parts:
+                    self._waiting.popleft()
+            if not job.future.cancelled():
+                room -= self._start(job, part)
+
+    def _start(self, job: _Job, part: Tensor) -> int:
+        """Read the prompt and the kept prefixes of some rows and put them into the batch."""
+        try:
+            with torch.inference_mode():
+                prompt = self._remember(job.wave.prompt.ids[:-1])
+                rows = Rows(job.wave, part, self.cache, prompt, self._vocabulary, self.context_length)
+        except torch.OutOfMemoryError:
+            job.parts.append(part)
+            with self._wake:
+                if job not in self._waiting:
+                    self._waiting.appendleft(job)
+            raise
+        except Exception as error:
+            _settle(job.future, error=error)
+            return 0
+        self._batch.append((job, rows))
+        return len(rows)
+
+    def _remember(self, ids: tuple[int, ...]) -> Any:
+        if ids not in self._prompts:
+            self._prompts[ids] = self.cache.prefill(ids)
+            while len(self._prompts) > self._remembered_prompts:
+                self._prompts.popitem(last=False)
+        self._prompts.move_to_end(ids)
+        return self._prompts[ids]
+
+    def _drop_abandoned(self) -> None:
+        self._batch = [(job, rows) for job, rows in self._batch if not job.future.cancelled()]
+        for job, rows in self._batch:
+            if time_is_up(job.deadline):
+                rows.cut_off()
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Take finished parts out of the batch; the last part of a wave makes its rollouts."""
+        for job, rows in self._batch:
+            if rows.error is not None:
+                _settle(job.future, error=rows.error)
+        self._batch = [(job, rows) for job, rows in self._batch if rows.error is None]
+        finished = [(job, rows) for job, rows in self._batch if not len(rows)]
+        if finished:
+            self._batch = [(job, rows) for job, rows in self._batch if len(rows)]
+        for job, rows in finished:
+            job.finished.append(rows)
+            if sum(len(done.index) for done in job.finished) == len(job.wave):
+                _settle(job.future, result=self._rollouts(job))
+
+    def _rollouts(self, job: _Job) -> Rollouts:
+        parts = job.finished
+        order = torch.cat([rows.index for rows in parts]).argsort()
+        tokens = _gather([rows.tokens for rows in parts], order)
+        lengths = _gather([rows.length for rows in parts], order)
+        reasons = [reason for rows in parts for reason in rows.finish_reasons()]
+        texts = self._decode([row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)])
+        responses = tuple(
+            Response(_trim(text, job.wave.sampling.stop), reasons[i])
+            for text, i in zip(texts, order.tolist(), strict=True)
+        )
+        observed = {
+            name: _gather([rows.observed[name] for rows in parts], order)
+            for name in parts[0].observed
+            if all(name in rows.observed for rows in parts)
+        }
+        return Rollouts(tokens, lengths, responses, sum(rows.sampled_tokens for rows in parts), observed)
+
+    def _make_do_with_less(self, error: torch.OutOfMemoryError) -> None:
+        """Halve the rows that decode at once and start the rows in flight again: waves are values, nothing is lost."""
+        largest = max((len(rows.index) for _, rows in self._batch), default=self.max_rows)
+        if self.max_rows == 1:
+            self._fail(error)
+            return
+        self.max_rows = max(1, min(self.max_rows, largest) // 2)
+        warnings.warn(
+            f"out of memory: {self.name} now decodes at most {self.max_rows} rows at once; fewer samples per wave, "
+            "shorter answers or a quantized model need less",
+            ResourceWarning,
+            stacklevel=1,
+        )
+        logger.warning("out of memory, at most %d rows at once from now on", self.max_rows)
+        jobs = list(dict.fromkeys([job for job, _ in self._batch] + list(self._waiting)))
+        for job, rows in self._batch:
+            job.parts.append(rows.index)
+        self._batch.clear()
+        self._prompts.clear()
+        for job in jobs:
+            job.parts = deque(piece for part in job.parts for piece in part.split(self.max_rows))
+        with self._wake:
+            self._waiting = deque(jobs)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _fail(self, error: Exception) -> None:
+        """Give an error to all callers that wait for rows in the batch, or for anything when the engine closes."""
+        jobs = [job for job, _ in self._batch] + (list(self._waiting) if self._closed else [])
+        self._batch.clear()
+        if self._closed:
+            self._waiting.clear()
+        for job in jobs:
+            _settle(job.future, error=error)
+
+
+class _Job:
+    """A wave on its way through the engine: parts that wait, parts that are done."""
+
+    def __init__(self, wave: Wave, deadline: float | None, parts: Sequence[Tensor]) -> None:
+        self.wave = wave
+        self.deadline = deadline
+        self.future: Future[Rollouts] = Future()
+        self.parts = deque(parts)
+        self.finished: list[Rows] = []
+
+
+_shared: dict[Any, TransformersEngine] = {}
+_shared_lock = threading.Lock()
+_shared_locks: dict[Any, threading.Lock] = {}
+
+
+def resolve(model_id_or_path: str) -> str:
+    """The folder of the embedded model for ``demo``, everything else as it is."""
+    if model_id_or_path != "demo":
+        return model_id_or_path
+    from langchain_aisp.demo import LANGUAGE_MODEL_PATH
+
+    return str(LANGUAGE_MODEL_PATH)
+
+
+def output_head(model: PreTrainedModel) -> torch.nn.Module:
+    """The model's one head, or a ValueError."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Module):
+        message = (
+            f"{type(model).__name__} has no single linear head (get_output_embeddings() gives {head!r}), so pre-logits "
+            "cannot be steered; use a causal language model (AutoModelForCausalLM)"
+        )
+        raise ValueError(message)  # noqa: TRY004 the value of the argument is wrong, whatever its type
+    return head
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end an answer: the generation config's, the model's and the tokenizer's."""
+    configured = [
+        getattr(model.generation_config, "eos_token_id", None),
+        getattr(decoder_config(model), "eos_token_id", None),
+        tokenizer.eos_token_id,
+    ]
+    found: set[int] = set()
+    for value in configured:
+        found.update(value if isinstance(value, list) else [] if value is None else [value])
+    return found
+
+
+@torch.inference_mode()
+def _check_head(model: PreTrainedModel, head: SteeredHead) -> int:
+    """Width of the pre-logits; an error when the logits do not come from the head's input, once per pass."""
+    widths: list[int] = []
+
+    def shifted(hidden: Tensor) -> Tensor:
+        widths.append(hidden.shape[-1])
+        return hidden + 1.0
+
+    ids = torch.tensor([[1, 2]], device=model.get_input_embeddings().weight.device)
+    plain = model(input_ids=ids).logits
+    with head.editing(shifted):
+        steered = model(input_ids=ids).logits
+    if head.calls != 1 or torch.equal(plain, steered):
+        message = (
+            f"{type(model).__name__} calls its output embeddings {head.calls} times in one pass"
+            f"{'' if head.calls != 1 else ', and its logits do not follow them'}; only models whose logits come from "
+            "one linear head can be steered"
+        )
+        raise ValueError(message)
+    return widths[0]
+
+
+@torch.inference_mode()
+def _vocabulary_size(model: PreTrainedModel, head: SteeredHead) -> int:
+    ids = torch.tensor([[1]], device=model.get_input_embeddings().weight.device)
+    return int(model(input_ids=ids).logits.shape[-1])
+
+
+def _own_template(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+    template = tokenizer.chat_template
+    if isinstance(template, Mapping):
+        template = template.get("default")
+    if not template:
+        message = (
+            f"the tokenizer of {name} has no chat template, so messages cannot be turned into a prompt; pass "
+            "chat_template= with a Jinja template (base models often use plain 'Human:' and 'Assistant:' turns)"
+        )
+        raise ValueError(message)
+    return template
+
+
+def _settle(future: Future[Rollouts], *, result: Rollouts | None = None, error: Exception | None = None) -> None:
+    """Complete a future; a caller that cancelled it in the meantime wants nothing."""
+    try:
+        if error is not None:
+            future.set_exception(error)
+        else:
+            assert result is not None
+            future.set_result(result)
+    except InvalidStateError:
+        logger.debug("a wave was cancelled just before it was done")
+
+
+def _gather(parts: Sequence[Tensor], order: Tensor) -> Tensor:
+    """Rows of all parts in the wave's order, on the CPU, as ordinary tensors."""
+    return torch.cat([part.cpu() for part in parts])[order].clone()
+
+
+def _trim(text: str, stops: tuple[str, ...]) -> str:
+    """The text before the first stop string."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
