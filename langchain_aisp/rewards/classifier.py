@@ -1,0 +1,431 @@
+"""Reward models of the Hugging Face kind: a sequence classifier, or a backbone with a scalar head."""
+
+from __future__ import annotations
+
+import uuid
+from asyncio import AbstractEventLoop
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from os import PathLike
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from langchain_aisp.rewards.base import RewardError, check_scores, fail, settle
+from langchain_aisp.rewards.checkpoint import BackboneWithHead, Checkpoint, LoadedClassifier, usable_length
+from langchain_aisp.rewards.conversation import ConversationEncoder
+from langchain_aisp.rewards.fingerprint import digest
+from langchain_aisp.rewards.threads import Workers
+from langchain_aisp.types import Chat, Response, Ticket, require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_POOLS_BEFORE_PADDING = ("xlnet", "ctrl")  # they read a padded row's score at the wrong token
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a loaded reward model is used.
+
+    Attributes:
+        chat_template: Jinja template of the reward model; the tokenizer's own unless given.
+        add_bos: True: exactly one BOS in front; False: none; None: what the template writes.
+        add_eos: True: exactly one EOS at the end; False: none; None: what the template writes.
+        batch_size: Most texts per forward pass; no score depends on it.
+        max_length: Most tokens per text; the model's own limit unless given.
+        label: Of several labels, the one whose log-probability is the reward, by name or index.
+    """
+
+    chat_template: str | None = None
+    add_bos: bool | None = None
+    add_eos: bool | None = None
+    batch_size: int = 32
+    max_length: int | None = None
+    label: str | int | None = None
+
+    def __post_init__(self) -> None:
+        """Reject what no model can follow."""
+        require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
+        require(self.max_length is None or self.max_length >= 1, f"max_length must be positive, got {self.max_length}")
+
+
+class ClassifierReward:
+    """Scores candidates with a reward model.
+
+    The score is the logit of a model with one label, the log-probability of ``label`` (log-sigmoid for multi-label
+    models) of a model with several. One thread runs the model; requests that wait at the same time share batches.
+    Texts are padded on the right and decoders are read at each row's own last token, so that no score depends on the
+    batch (up to the rounding of the matrix products).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str | None = None,
+        fingerprint: str | None = None,
+        chat_template: str | None = None,
+        add_bos: bool | None = None,
+        add_eos: bool | None = None,
+        batch_size: int = 32,
+        max_length: int | None = None,
+        label: str | int | None = None,
+    ) -> None:
+        """Use a model that is in memory already; it is switched to evaluation mode.
+
+        Args:
+            model: A sequence classifier.
+            tokenizer: Its own tokenizer.
+            name: For error messages; the model's name unless given.
+            fingerprint: Identity for cache keys; one of this object alone unless given.
+            chat_template: See ``Settings``, also for the other arguments.
+            add_bos: Policy for the BOS token.
+            add_eos: Policy for the EOS token.
+            batch_size: Most texts per forward pass.
+            max_length: Most tokens per text.
+            label: The label that counts.
+        """
+        settings = Settings(chat_template, add_bos, add_eos, batch_size, max_length, label)
+        known = str(model.config.name_or_path or type(model).__name__)
+        loaded: nn.Module = model
+        self._set_up(LoadedClassifier(loaded.eval(), tokenizer), settings, name or known, fingerprint)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_id_or_path: str | PathLike[str],
+        *,
+        name: str | None = None,
+        fingerprint: str | None = None,
+        revision: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: str | torch.device = "auto",
+        trust_remote_code: bool = False,
+        scalar_head: str | None = None,
+        allow_pickle: bool = False,
+        chat_template: str | None = None,
+        add_bos: bool | None = None,
+        add_eos: bool | None = None,
+        batch_size: int = 32,
+        max_length: int | None = None,
+        label: str | int | None = None,
+    ) -> ClassifierReward:
+        """A reward model from a folder or the hub, loaded at its first use, once per process for equal arguments.
+
+        Args:
+            model_id_or_path: Folder or hub id.
+            name: For error messages; the path unless given.
+            fingerprint: Identity for cache keys; derived from the files and settings unless given.
+            revision: Branch, tag or commit of the hub.
+            dtype: Of the weights; float32 on a CPU and the checkpoint's elsewhere unless given.
+            device: Torch device; "auto" is the first accelerator, else the CPU.
+            trust_remote_code: Whether the checkpoint's own Python code may run.
+            scalar_head: Name of a linear head (one output, no bias) beside a plain backbone, such as
+                "regression_head" for UltraRM and Eurus-RM.
+            allow_pickle: Whether ``.bin`` weights may be read (with ``weights_only=True``).
+            chat_template: See ``Settings``, also for the arguments below.
+            add_bos: Policy for the BOS token.
+            add_eos: Policy for the EOS token.
+            batch_size: Most texts per forward pass.
+            max_length: Most tokens per text.
+            label: The label that counts.
+
+        Raises:
+            RewardError: On first use, when the model cannot be loaded or used as asked.
+        """
+        source = Checkpoint(
+            path=str(model_id_or_path),
+            revision=revision,
+            dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+            device=str(device),
+            trust_remote_code=trust_remote_code,
+            scalar_head=scalar_head,
+            allow_pickle=allow_pickle,
+        )
+        settings = Settings(chat_template, add_bos, add_eos, batch_size, max_length, label)
+        return _restore(source, settings, name or source.path, fingerprint)
+
+    def _set_up(
+        self, source: Checkpoint | LoadedClassifier, settings: Settings, name: str, fingerprint: str | None
+    ) -> None:
+        self.name = name
+        self.settings = settings
+        self._source = source
+        self._explicit_fingerprint = fingerprint
+        self._worker = Workers(1, f"aisp-reward-{name}")
+        self._waiting: deque[_Job] = deque()
+        self._scorer: Scorer | None = None
+        self._scorer_lock = Lock()
+        self._closed = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the arguments of ``from_pretrained``; the copy loads at its first use."""
+        if isinstance(self._source, LoadedClassifier):
+            raise TypeError(
+                f"Reward {self.name!r} holds a model in memory and cannot be pickled; "
+                "make it with ClassifierReward.from_pretrained(path) instead"
+            )
+        return _restore, (self._source, self.settings, self.name, self._explicit_fingerprint)
+
+    def __copy__(self) -> ClassifierReward:
+        """The same object: its settings are never edited."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ClassifierReward:
+        """The same object: its settings are never edited."""
+        return self
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The explicit one, else a hash of settings and files (their sizes and times, or the hub's commit)."""
+        if self._explicit_fingerprint is not None:
+            return self._explicit_fingerprint
+        if isinstance(self._source, LoadedClassifier):
+            return f"process-{uuid.uuid4().hex}"
+        settings = replace(self.settings, batch_size=1)  # no score depends on it
+        return digest("classifier", repr(self._source), self._source.stamp(), repr(settings))
+
+    def load(self) -> None:
+        """Load the model now rather than at the first use.
+
+        Raises:
+            RewardError: When it cannot be loaded or used as asked.
+        """
+        self._ready()
+
+    def close(self) -> None:
+        """Fail what is waiting and let go of a loaded checkpoint; memory is freed when no other reward shares it."""
+        self._closed = True
+        for job in self._take_jobs():
+            fail(job.future, self._closed_error())
+        with self._scorer_lock:
+            self._scorer = None
+
+    def submit(
+        self, pairs: Sequence[tuple[Chat, Response]], *, loop: AbstractEventLoop | None = None
+    ) -> Ticket[Tensor]:
+        """Queue pairs for the model's thread.
+
+        Args:
+            pairs: Conversations and candidates; only the text of a candidate is read.
+            loop: Not needed, nothing here is awaited.
+
+        Returns:
+            A ticket for [len(pairs)] float32. Its errors are ``RewardError``.
+        """
+        job = _Job(list(pairs))
+        if self._closed:
+            fail(job.future, self._closed_error())
+        else:
+            self._waiting.append(job)
+            self._worker.start(self._work)
+        return Ticket(job.future)
+
+    def _work(self) -> None:
+        """Score everything that waits; later calls of this may find nothing left."""
+        if jobs := self._take_jobs():
+            try:
+                self._score(jobs)
+            except BaseException as error:  # the thread must live on, and nobody may wait for ever
+                for job in jobs:
+                    fail(job.future, self._wrapped(error, "failed", _REMEDY_FOR_SCORING))
+
+    def _take_jobs(self) -> list[_Job]:
+        """All waiting jobs; another thread may take some of them at the same time."""
+        jobs = []
+        while self._waiting:
+            try:
+                jobs.append(self._waiting.popleft())
+            except IndexError:
+                break
+        return jobs
+
+    def _score(self, jobs: Sequence[_Job]) -> None:
+        scorer = self._ready()
+        rows = [row for job in jobs for row in self._encoded(job, scorer.encoder)]
+        rows.sort(key=lambda row: len(row.ids), reverse=True)  # what does not fit into memory fails at once
+        while rows := [row for row in rows if not row.job.future.done()]:
+            batch, rows = scorer.split(rows)
+            for row, score in zip(batch, scorer([row.ids for row in batch]), strict=True):
+                row.job.scores[row.index] = score
+        for job in jobs:
+            settle(job.future, partial(check_scores, self.name, job.scores, job.texts))
+
+    def _encoded(self, job: _Job, encoder: ConversationEncoder) -> list[_Row]:
+        """The job's rows, or none and a failed job."""
+        rows = []
+        for index, (chat, response) in enumerate(job.pairs):
+            if job.future.done():
+                return []
+            try:
+                rows.append(_Row(encoder.encode(chat, response.text), job, index))
+            except Exception as error:
+                remedy = "Check that its chat template accepts this conversation."
+                fail(job.future, self._wrapped(error, "could not read the conversation", remedy, response.text))
+                return []
+        return rows
+
+    def _ready(self) -> Scorer:
+        """The loaded model with its encoder."""
+        with self._scorer_lock:
+            if self._closed:
+                raise self._closed_error()
+            if self._scorer is None:
+                try:
+                    loaded = self._source.load() if isinstance(self._source, Checkpoint) else self._source
+                    self._scorer = Scorer(loaded, self.settings)
+                except Exception as error:
+                    raise self._wrapped(error, "could not be loaded", _REMEDY_FOR_LOADING) from error
+            return self._scorer
+
+    def _closed_error(self) -> RewardError:
+        return RewardError(self.name, "is closed", "Make a new one, or close it after the last request.")
+
+    def _wrapped(self, error: BaseException, problem: str, remedy: str, response: str | None = None) -> RewardError:
+        """The error as a RewardError that names its cause; ValueErrors of this package bring their own remedy."""
+        if isinstance(error, RewardError):
+            return error
+        wrapped = RewardError(self.name, f"{problem}: {str(error).rstrip('.')}", remedy, response)
+        wrapped.__cause__ = error
+        return wrapped
+
+
+_REMEDY_FOR_SCORING = "The traceback above shows where; if memory ran out, lower batch_size or max_length."
+_REMEDY_FOR_LOADING = (
+    "Check path and arguments; only safetensors are read unless allow_pickle=True, and custom code only with "
+    "trust_remote_code=True."
+)
+
+
+def _restore(source: Checkpoint, settings: Settings, name: str, fingerprint: str | None) -> ClassifierReward:
+    """A reward from a checkpoint; also what a pickle calls."""
+    reward = ClassifierReward.__new__(ClassifierReward)
+    reward._set_up(source, settings, name, fingerprint)
+    return reward
+
+
+@dataclass(eq=False)
+class _Job:
+    """Pairs of one request and where their scores go."""
+
+    pairs: list[tuple[Chat, Response]]
+    future: Future[Tensor] = field(default_factory=Future)
+
+    def __post_init__(self) -> None:
+        self.texts = [response.text for _, response in self.pairs]
+        self.scores = [float("nan")] * len(self.pairs)
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """One text of a job."""
+
+    ids: list[int]
+    job: _Job
+    index: int
+
+
+class Scorer:
+    """A loaded model, its encoder, and the step from token ids to scores."""
+
+    def __init__(self, loaded: LoadedClassifier, settings: Settings) -> None:
+        """Check that model and settings fit.
+
+        Raises:
+            ValueError: For a label, length, template or token policy that the model cannot follow.
+        """
+        self._loaded = loaded  # the process's registry lets go of what nobody holds
+        self._model = loaded.model
+        self._settings = settings
+        self._label = _label_index(loaded.model, settings.label)
+        self._pad: int = loaded.tokenizer.pad_token_id or 0  # masked; RoBERTa's positions need the real one
+        self._reads_last = _reads_last_token(loaded.model)
+        self._pads = self._reads_last or _ignores_padding(loaded.model)
+        self.encoder = ConversationEncoder(
+            loaded.tokenizer,
+            chat_template=settings.chat_template,
+            add_bos=settings.add_bos,
+            add_eos=settings.add_eos,
+            max_length=_length(usable_length(loaded), settings.max_length),
+        )
+
+    def split(self, rows: Sequence[_Row]) -> tuple[list[_Row], list[_Row]]:
+        """The next batch of rows, sorted by length, and the rest; only equal lengths where padding could matter."""
+        size = min(self._settings.batch_size, len(rows))
+        if not self._pads:
+            size = next((n for n in range(1, size) if len(rows[n].ids) != len(rows[0].ids)), size)
+        return list(rows[:size]), list(rows[size:])
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[list[int]]) -> list[float]:
+        """Scores of one batch of token ids."""
+        lengths = torch.tensor([len(ids) for ids in texts])
+        width = int(lengths.max())
+        ids = torch.tensor([[*each, *[self._pad] * (width - len(each))] for each in texts])
+        mask = (torch.arange(width) < lengths.unsqueeze(1)).long()
+        device = next(self._model.parameters()).device
+        logits = self._logits(ids.to(device), mask.to(device), lengths.to(device)).float()
+        scores: list[float] = self._rewards(logits).tolist()
+        return scores
+
+    def _logits(self, ids: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
+        """Logits [n, labels]; a decoder is read at each row's last token, whatever its padding token is."""
+        if not self._reads_last:
+            logits: Tensor = self._model(input_ids=ids, attention_mask=mask).logits
+            return logits
+        head: Any = self._model.score
+        backbone: Any = self._model.base_model
+        hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]
+        scored: Tensor = head(last.to(next(head.parameters()).dtype))
+        return scored
+
+    def _rewards(self, logits: Tensor) -> Tensor:
+        if logits.shape[1] == 1:
+            return logits[:, 0]
+        if getattr(self._model.config, "problem_type", None) == "multi_label_classification":
+            return nn.functional.logsigmoid(logits)[:, self._label]
+        return logits.log_softmax(dim=-1)[:, self._label]
+
+
+def _reads_last_token(model: nn.Module) -> bool:
+    """Whether this is a decoder whose head ``score`` reads one hidden state of its backbone."""
+    known = isinstance(getattr(model, "score", None), nn.Module) and hasattr(model, "base_model")
+    return known and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def _ignores_padding(model: nn.Module) -> bool:
+    """Whether the class's own forward gives a padded row the score it has alone; unknown code is not trusted."""
+    own = type(model).__module__.startswith("transformers.models.")
+    return own and getattr(model.config, "model_type", "") not in _POOLS_BEFORE_PADDING
+
+
+def _label_index(model: nn.Module, label: str | int | None) -> int:
+    """Index of the label that counts."""
+    config: Any = model.config
+    scalar = isinstance(model, BackboneWithHead)
+    names = [] if scalar else [str(config.id2label[index]) for index in range(config.num_labels)]
+    if len(names) <= 1:
+        require(label is None, f"the model has one output and takes no label, got {label!r}. Leave label out")
+        return 0
+    possible = f"The model has {len(names)} labels: {', '.join(names)}. Pass label=... with a name or an index"
+    require(label is not None, possible)
+    if isinstance(label, str):
+        require(label in names, f"label {label!r} is unknown. {possible}")
+        return names.index(label)
+    require(label in range(len(names)), f"label {label!r} is out of range. {possible}")
+    return int(label or 0)
+
+
+def _length(limit: int | None, wanted: int | None) -> int | None:
+    """Most tokens per text."""
+    if wanted is not None and limit is not None:
+        require(wanted <= limit, f"max_length {wanted} is more than the {limit} tokens that the model can read")
+    return limit if wanted is None else wanted

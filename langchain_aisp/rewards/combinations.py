@@ -1,0 +1,102 @@
+"""Rewards made of rewards: the parts are asked at the same time."""
+
+from __future__ import annotations
+
+import math
+from asyncio import AbstractEventLoop
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from langchain_aisp.rewards.base import check_scores, gather
+from langchain_aisp.rewards.callable import as_reward
+from langchain_aisp.rewards.fingerprint import digest
+from langchain_aisp.types import Chat, Response, Reward, Ticket, require
+
+
+class WeightedSum:
+    """The sum of weight times reward over the parts.
+
+    Raises:
+        ValueError: Without parts, or for a weight that is not a finite number.
+        TypeError: For a part that is no reward and cannot be made one.
+    """
+
+    def __init__(self, parts: Mapping[Any, float] | Iterable[tuple[Any, float]]) -> None:
+        """Take ``{reward: weight, …}`` or ``[(reward, weight), …]``; functions become rewards by ``as_reward``."""
+        given = list(parts.items()) if isinstance(parts, Mapping) else list(parts)
+        require(len(given) > 0, "WeightedSum needs at least one part, such as [(reward, 1.0)]")
+        self.rewards: tuple[Reward, ...] = tuple(as_reward(reward) for reward, _ in given)
+        self.weights: tuple[float, ...] = tuple(float(weight) for _, weight in given)
+        require(all(map(math.isfinite, self.weights)), f"weights must be finite numbers, got {self.weights}")
+
+    @property
+    def name(self) -> str:
+        """Weights and names of the parts."""
+        terms = zip(self.weights, self.rewards, strict=True)
+        return " + ".join(f"{weight:g}·{reward.name}" for weight, reward in terms)
+
+    @property
+    def fingerprint(self) -> str:
+        """From the weights and fingerprints of the parts."""
+        return digest("weighted sum", *map(repr, self.weights), *(reward.fingerprint for reward in self.rewards))
+
+    def submit(
+        self, pairs: Sequence[tuple[Chat, Response]], *, loop: AbstractEventLoop | None = None
+    ) -> Ticket[Tensor]:
+        """Ask all parts at once; the result is [len(pairs)] float32, an error that of the first part to fail."""
+        return _submit(self.name, self.rewards, self._add, pairs, loop)
+
+    def _add(self, scores: Tensor) -> Tensor:
+        return torch.einsum("p,pn->n", torch.tensor(self.weights, dtype=torch.float64), scores)
+
+
+class Minimum:
+    """The lowest of the parts' rewards: a candidate is as good as its weakest side. Bring the parts to one scale.
+
+    Raises:
+        ValueError: Without parts.
+        TypeError: For a part that is no reward and cannot be made one.
+    """
+
+    def __init__(self, parts: Iterable[Any]) -> None:
+        """Take rewards; functions become rewards by ``as_reward``."""
+        self.rewards: tuple[Reward, ...] = tuple(as_reward(reward) for reward in parts)
+        require(len(self.rewards) > 0, "Minimum needs at least one part")
+
+    @property
+    def name(self) -> str:
+        """Names of the parts."""
+        return f"min({', '.join(reward.name for reward in self.rewards)})"
+
+    @property
+    def fingerprint(self) -> str:
+        """From the fingerprints of the parts."""
+        return digest("minimum", *(reward.fingerprint for reward in self.rewards))
+
+    def submit(
+        self, pairs: Sequence[tuple[Chat, Response]], *, loop: AbstractEventLoop | None = None
+    ) -> Ticket[Tensor]:
+        """Ask all parts at once; the result is [len(pairs)] float32, an error that of the first part to fail."""
+        return _submit(self.name, self.rewards, lambda scores: scores.amin(dim=0), pairs, loop)
+
+
+def _submit(
+    name: str,
+    rewards: Sequence[Reward],
+    combine: Callable[[Tensor], Tensor],
+    pairs: Sequence[tuple[Chat, Response]],
+    loop: AbstractEventLoop | None,
+) -> Ticket[Tensor]:
+    """Ask all parts and combine their scores [P, n] to [n]."""
+    texts = [response.text for _, response in pairs]
+    checks = [partial(check_scores, reward.name, responses=texts) for reward in rewards]
+
+    def joined(answers: list[Tensor]) -> Tensor:
+        scores = torch.stack([check(scores=answer) for check, answer in zip(checks, answers, strict=True)])
+        return check_scores(name, combine(scores.double()), texts)
+
+    return gather([reward.submit(pairs, loop=loop).future for reward in rewards], joined)
