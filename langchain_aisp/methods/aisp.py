@@ -12,11 +12,14 @@ weights by effective sample size and the shared control are ours.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from langchain_aisp.methods.published import PublishedAISP
 from langchain_aisp.methods.weights import (
     complete_first,
     effective_sample_size,
@@ -24,9 +27,9 @@ from langchain_aisp.methods.weights import (
     temperature_for_ess,
 )
 from langchain_aisp.noise import fold, gumbel, wave_keys
-from langchain_aisp.types import Info, Problem, Rollouts, Sampling, Wave, require
+from langchain_aisp.types import Info, Observable, Problem, Rollouts, Sampling, Wave, require
 
-_ESS_SHARE = 0.6  # of the population; below 0.4 and near 1.0 lose, see docs/research.md
+_ESS_SHARE = 0.6  # of the population: most weight on the best, several parents in every wave
 _FISHER_FLOOR = 0.01  # of the mean eigenvalue: directions that no sample has shown are not trusted
 
 
@@ -65,7 +68,8 @@ class Population:
         complete: [M] bool.
         alternatives: [M, L, K] int64, the model's likeliest tokens per position.
         logprobs: [M, L, K] float32, their unsteered log-probabilities.
-        scores: [M, L, D] float32, gradients of each token's log-probability by the pre-logits; D is 0 without control.
+        scores: [M, L, D] float32, gradients of each token's log-probability by the pre-logits, 0 for branching tokens;
+            D is 0 without control.
     """
 
     tokens: Tensor
@@ -127,28 +131,34 @@ class Evidence:
         written = torch.arange(decoded.shape[1]) < children.lengths[:, None]
         new = children.scores[decoded]
         return Evidence(
-            torch.cat([self.features, torch.einsum("nld,nl->nd", children.scores, written.float())]),
+            torch.cat([self.features, children.scores.where(written[..., None], 0).sum(dim=1)]),
             torch.cat([self.rewards, children.rewards]),
             self.fisher + new.T @ new,
             self.tokens + len(new),
         )
 
     def control(self, kl: float) -> Tensor:
-        """The control [D], ``kl`` nats per token long, along which the rewards rise.
+        """The control [D], at most ``kl`` nats per token long, along which the rewards rise.
 
         Ridge regression of the standardised rewards on the features in the Fisher metric: the penalty makes a weakly
-        supported direction a natural-gradient step.
+        supported direction a natural-gradient step. The length is ``kl`` times the share of the rewards' variance that
+        the regression foretells for samples it was not fitted on, so a control that is mere noise stays short.
         """
-        width = self.fisher.shape[0]
+        if len(self.rewards) < 2 or self.rewards.min() == self.rewards.max() or self.fisher.trace() == 0:
+            return torch.zeros(len(self.fisher))  # nothing varies, so nothing can be learned
         fisher = self.fisher / self.tokens
-        floor = _FISHER_FLOOR * fisher.diagonal().mean() * torch.eye(width)
+        floor = _FISHER_FLOOR * fisher.diagonal().mean() * torch.eye(len(fisher))
         whitened = torch.linalg.solve(fisher + floor, self.features.T)  # [D, S]
         kernel = self.features @ whitened
-        targets = (self.rewards - self.rewards.mean()) / self.rewards.std().clamp(min=1e-6)
         ridge = kernel.diagonal().mean() * torch.eye(len(kernel))
-        direction = whitened @ torch.linalg.solve(kernel + ridge, targets)
-        length = torch.einsum("d,de,e->", direction, fisher, direction) / 2  # nats per token, to second order
-        return direction * (kl / length.clamp(min=1e-12)).sqrt()
+        targets = (self.rewards - self.rewards.mean()) / self.rewards.std()
+        inverse = torch.linalg.inv(kernel + ridge)
+        dual = inverse @ targets
+        left_out = (dual / inverse.diagonal()).square().mean()  # leave-one-out residuals, in closed form
+        foretold = float((1 - left_out).clamp(min=0))
+        direction = whitened @ dual
+        length = float(torch.einsum("d,de,e->", direction, fisher, direction)) / 2  # nats per token, to second order
+        return direction * math.sqrt(kl * foretold / max(length, 1e-12))
 
 
 @dataclass(frozen=True)
@@ -158,6 +168,7 @@ class AISPState:
     Attributes:
         problem: What to answer.
         iteration: The next iteration.
+        drawn: Responses decoded so far.
         population: Possible parents, None before the first wave.
         visited: [S] int64, nodes (see ``Population``) that a response has gone through.
         evidence: What is known about a shared control.
@@ -165,6 +176,7 @@ class AISPState:
 
     problem: Problem
     iteration: int
+    drawn: int
     population: Population | None
     visited: Tensor
     evidence: Evidence
@@ -200,23 +212,33 @@ class AISP:
         require(self.population >= 1, f"population must be at least 1, got {self.population}")
         require(self.control_kl >= 0, f"control_kl must not be negative, got {self.control_kl}; 0 uses no control")
 
+    @staticmethod
+    def published(**settings: Any) -> PublishedAISP:
+        """The search in the form of the paper; settings as for ``PublishedAISP``."""
+        return PublishedAISP(**settings)
+
     @property
     def name(self) -> str:
         """Short name for tables and metadata."""
         return "aisp"
 
-    def wave_size(self, iteration: int) -> int:
-        """Rows of a wave: the samples in equal shares, larger ones first."""
-        return self.samples // self.iterations + (iteration < self.samples % self.iterations)
+    def wave_size(self, state: AISPState) -> int:
+        """Rows of the next wave: what is left of the samples in equal shares.
+
+        Argmax decoding has one plain response, so at temperature 0 the first wave is that one.
+        """
+        if state.population is None and state.problem.sampling.temperature == 0:
+            return 1
+        return math.ceil((self.samples - state.drawn) / (self.iterations - state.iteration))
 
     def init(self, problem: Problem) -> AISPState:
         """Nothing seen yet."""
         width = problem.head.width if self.control_kl > 0 else 0
-        return AISPState(problem, 0, None, torch.empty(0, dtype=torch.int64), Evidence.none(width))
+        return AISPState(problem, 0, 0, None, torch.empty(0, dtype=torch.int64), Evidence.none(width))
 
     def propose(self, state: AISPState) -> Wave:
         """Plain samples first, then branches of the best responses."""
-        problem, count = state.problem, self.wave_size(state.iteration)
+        problem, count = state.problem, self.wave_size(state)
         length = problem.sampling.max_tokens
         keys = wave_keys(problem.prompt.key, state.iteration, torch.arange(count), length)
         prefix, cut = torch.zeros_like(keys), torch.zeros(count, dtype=torch.int64)
@@ -228,7 +250,7 @@ class AISP:
             prefix[:found] = torch.where(before, state.population.tokens[parent], 0)
             prefix[torch.arange(found), position] = token
             cut[:found] = position + 1
-        observe = {"alternatives", "scores"} if self.control_kl > 0 else {"alternatives"}
+        observe: set[Observable] = {"alternatives", "scores"} if self.control_kl > 0 else {"alternatives"}
         return Wave(
             problem.prompt, prefix, cut, keys, problem.sampling, self._steering(state, count), frozenset(observe)
         )
@@ -244,6 +266,7 @@ class AISP:
         after = replace(
             state,
             iteration=state.iteration + 1,
+            drawn=state.drawn + len(wave),
             population=population,
             visited=torch.cat([state.visited, children.nodes[written]]).unique(),
             evidence=state.evidence.add(children, written & (positions >= wave.cut[:, None])),
@@ -258,10 +281,12 @@ class AISP:
     def _draw_branches(self, state: AISPState, population: Population, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Parents [n], positions [n] and tokens [n] of the n ≤ count branches drawn."""
         nodes = branch_nodes(population, state.problem.prompt.key)
-        weights = branch_log_weights(population, state.problem.sampling)
-        weights = weights.masked_fill(torch.isin(nodes, state.visited), -torch.inf).flatten()
+        weights = branch_log_weights(population, state.problem.sampling).masked_fill(
+            torch.isin(nodes, state.visited), -torch.inf
+        )
+        merged = merge_equal(nodes.flatten(), weights.flatten().double())
         keys = fold(fold(state.problem.prompt.key, state.iteration), nodes.flatten())
-        chosen = (weights.double() + gumbel(keys)).topk(min(count, int(weights.isfinite().sum()))).indices
+        chosen = (merged + gumbel(keys)).topk(min(count, int(merged.isfinite().sum()))).indices
         parent, position, rank = torch.unravel_index(chosen, nodes.shape)
         return parent, position, population.alternatives[parent, position, rank]
 
@@ -277,6 +302,8 @@ class AISP:
             alternatives = torch.where(kept, parents.alternatives[source], alternatives)
             logprobs = torch.where(kept, parents.logprobs[source], logprobs)
             scores = torch.where(kept, parents.scores[source], scores)
+            branched = wave.cut > 0  # no score is known of the branching token, and it was chosen rather than drawn
+            scores[branched, wave.cut[branched] - 1] = 0
         return Population(
             rollouts.tokens,
             wave.keys,
@@ -306,7 +333,8 @@ def branch_log_weights(population: Population, sampling: Sampling) -> Tensor:
     possible &= population.alternatives != population.tokens[..., None]
     logprobs = logprobs.masked_fill(~possible, -torch.inf)
     share = logprobs - logprobs.flatten(1).logsumexp(dim=1)[:, None, None]
-    return parent_weights(population).log()[:, None, None] + share.nan_to_num(nan=-torch.inf)
+    share = share.masked_fill(~possible, -torch.inf)  # nan where a parent has no branches at all
+    return parent_weights(population).log()[:, None, None] + share
 
 
 def _allowed(logprobs: Tensor, sampling: Sampling) -> Tensor:
@@ -331,6 +359,18 @@ def branch_nodes(population: Population, key: int) -> Tensor:
     root = torch.full((len(population), 1), key)
     before = torch.cat([root, population.nodes[:, :-1]], dim=1)
     return fold(before[..., None], population.alternatives)
+
+
+def merge_equal(nodes: Tensor, log_weights: Tensor) -> Tensor:
+    """Log-weights [B] in which the first of equal nodes [B] bears the sum of their weights and the others none.
+
+    Parents that begin alike offer the same branches; each is one branch.
+    """
+    distinct, group = nodes.unique(return_inverse=True)
+    sums = torch.zeros(len(distinct), dtype=log_weights.dtype).scatter_add(0, group, log_weights.exp())
+    order = torch.arange(len(nodes))
+    first = torch.full_like(distinct, len(nodes)).scatter_reduce(0, group, order, "amin")
+    return sums.log()[group].masked_fill(order != first[group], -torch.inf)
 
 
 def _parents_of(parents: Population, wave: Wave) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from langchain_aisp.align import Aligned, Budget, Iteration
 from langchain_aisp.methods import published
+from langchain_aisp.methods.aisp import AISP
 from langchain_aisp.methods.best_of_n import BestOfN
 from langchain_aisp.methods.published import GaussianSteering, PublishedAISP
 from langchain_aisp.methods.weights import (
@@ -33,6 +34,8 @@ METHODS: list[Method[Any]] = [
     BestOfN(samples=24, samples_per_wave=8),
     PublishedAISP(samples_per_iteration=8, iterations=3, sigma=1.0),
     PublishedAISP(samples_per_iteration=8, iterations=3, sigma=0.5, horizon=4, decode="sample"),
+    AISP(samples=24, iterations=3),
+    AISP(samples=24, iterations=3, control_kl=0.5),
 ]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 
