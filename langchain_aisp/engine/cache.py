@@ -63,7 +63,7 @@ class Cache(Protocol):
             kept: [n] int64, how many tokens of its chain a row keeps.
         """
 
-    def step(self, batch: Sequence[tuple[Store, Tensor, Tensor]], padding: int) -> Tensor:
+    def step(self, batch: Sequence[tuple[Any, Tensor, Tensor]], padding: int) -> Tensor:
         """Feed one token per row: (store, token ids [n], absolute positions [n]) for each store -> logits.
 
         ``padding`` extra rows are computed and left at the end. The logits are [rows, V]; when a hook on the head
@@ -139,6 +139,7 @@ class SlotStore:
     """
 
     def __init__(self, prompt: _PromptKeys, start: Tensor, column: int) -> None:
+        """Rows whose own tokens start in the columns ``start`` [n] and end before ``column``."""
         self.prompt = prompt
         self.start = start  # [n]
         self.column = column
@@ -152,9 +153,11 @@ class SlotStore:
         return self.prompt.length == self.column == 0
 
     def __len__(self) -> int:
+        """Number of rows."""
         return int(self.start.shape[0])
 
     def select(self, rows: Tensor) -> None:
+        """Keep only these rows [r]."""
         self.start = self.start[rows]
         self._masks.clear()
         for layer, (keys, values) in self.buffers.items():
@@ -441,6 +444,7 @@ class SlotCache:
         return [reading.layers[index] for index in range(config.num_hidden_layers)]
 
     def prefill(self, ids: Sequence[int]) -> _PromptKeys:
+        """Read a prompt (perhaps empty) once."""
         if not ids:
             return _PromptKeys(0, {})
         store = self._read_chains(_PromptKeys(0, {}), [ids])
@@ -448,6 +452,7 @@ class SlotCache:
         return _PromptKeys(len(ids), {i: (k.contiguous(), v.contiguous()) for i, (k, v) in layers.items()})
 
     def open(self, prompt: _PromptKeys, chains: Sequence[Sequence[int]], parents: Tensor, kept: Tensor) -> SlotStore:
+        """Rows that continue the prompt by ``kept`` tokens of their chains, see ``Cache``."""
         column = int(kept.max())
         store = SlotStore(prompt, column - kept, column)
         if column > 0:
@@ -471,6 +476,7 @@ class SlotCache:
         return store
 
     def step(self, batch: Sequence[tuple[SlotStore, Tensor, Tensor]], padding: int) -> Tensor:
+        """Feed one token per row of all stores in one forward pass, see ``Cache``."""
         filler = torch.zeros(padding, dtype=torch.int64, device=self.device)
         ids = torch.cat([*(ids for _, ids, _ in batch), filler])
         positions = torch.cat([*(positions for _, _, positions in batch), filler])
@@ -514,11 +520,12 @@ class ExpandedStore:
     """Equally long rows in one transformers cache."""
 
     def __init__(self, cache: Any) -> None:
+        """Take a filled transformers cache."""
         self.cache = cache
 
     def select(self, rows: Tensor) -> None:
-        if self.cache is not None:
-            self.cache.reorder_cache(rows)
+        """Keep only these rows [r]."""
+        self.cache.reorder_cache(rows)
 
 
 class ExpandedCache:
@@ -545,6 +552,7 @@ class ExpandedCache:
             raise _Unsuited("its recurrent layers may start anew on several tokens, which only float32 would show")
 
     def prefill(self, ids: Sequence[int]) -> tuple[int, Any]:
+        """Read a prompt (perhaps empty) once."""
         cache = DynamicCache(config=self._model.config)
         if ids:
             self._run(torch.tensor([ids], device=self.device), torch.arange(len(ids), device=self.device)[None], cache)
@@ -553,6 +561,7 @@ class ExpandedCache:
     def open(
         self, prompt: tuple[int, Any], chains: Sequence[Sequence[int]], parents: Tensor, kept: Tensor
     ) -> ExpandedStore:
+        """Rows that continue the prompt by equally many tokens of their chains, see ``Cache``."""
         length, cache = prompt
         cache = copy.deepcopy(cache)
         count = int(kept[0])
@@ -571,6 +580,7 @@ class ExpandedCache:
             self._run(part, places, cache)
 
     def step(self, batch: Sequence[tuple[ExpandedStore, Tensor, Tensor]], padding: int) -> Tensor:
+        """Feed one token per row of the one store; ``padding`` is not for caches that are not ragged."""
         [(store, ids, positions)] = batch
         logits: Tensor = self._run(ids[:, None], positions[:, None], store.cache).logits
         return logits[:, -1]
@@ -584,9 +594,11 @@ class PlainStore:
     """Equally long rows as token ids [n, length]."""
 
     def __init__(self, ids: Tensor) -> None:
+        """Take the texts read so far."""
         self.ids = ids
 
     def select(self, rows: Tensor) -> None:
+        """Keep only these rows [r]."""
         self.ids = self.ids[rows]
 
 
@@ -597,20 +609,24 @@ class NoCache:
     ragged = False
 
     def __init__(self, model: PreTrainedModel) -> None:
+        """Take any model."""
         self._run = _Runner(model)
         self.device = input_device(model)
 
     def prefill(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Nothing is read yet."""
         return tuple(ids)
 
     def open(
         self, prompt: tuple[int, ...], chains: Sequence[Sequence[int]], parents: Tensor, kept: Tensor
     ) -> PlainStore:
+        """Rows of prompt and kept tokens, equally many for all."""
         count = int(kept[0])
         rows = torch.tensor([[*prompt, *chain[:count]] for chain in chains], dtype=torch.int64, device=self.device)
         return PlainStore(rows[parents])
 
     def step(self, batch: Sequence[tuple[PlainStore, Tensor, Tensor]], padding: int) -> Tensor:
+        """Append one token per row of the one store and read all texts again."""
         [(store, ids, _)] = batch
         store.ids = torch.cat([store.ids, ids[:, None]], dim=1)
         positions = torch.arange(store.ids.shape[1], device=self.device).expand_as(store.ids)

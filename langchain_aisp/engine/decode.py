@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -116,7 +115,7 @@ class Rows:
         last = self.tokens.gather(1, (self.cut - 1).clamp(min=0)[:, None]).squeeze(1)
         self._end((self.cut > 0) & vocabulary.ends[last.clamp(min=0)], "stop")
         self.live = (self.reason < 0).nonzero().squeeze(1)
-        self.store = self._open(cache, prompt) if len(self.live) else None
+        self.store: Any = self._open(cache, prompt) if len(self.live) else None
         self.observed = self._room_for_observations()
         self.error: Exception | None = None  # a steering that raised spoils its own wave, not its neighbours'
 
@@ -151,9 +150,13 @@ class Rows:
         assert self.steering is not None
         position = self.position
         keys = self.keys[self.live].gather(1, position[:, None].clamp(max=self.keys.shape[1] - 1)).squeeze(1)
-        return self.steering.offset(
+        offset = self.steering.offset(
             self.rows[self.live], position, keys, None if self.steering.open_loop else hidden.float()
         )
+        if not bool(offset.isfinite().all()):
+            message = f"{type(self.steering).__name__} gave an offset that is not finite"
+            raise FloatingPointError(message)
+        return offset
 
     def accept(self, tokens: Tensor, base: Tensor | None, head: SteeredHead) -> None:
         """Append one token per live row, observe the unsteered logits ``base`` [r, V], end and drop rows."""
@@ -284,6 +287,9 @@ def _forward(cache: Cache, head: SteeredHead, batch: Sequence[Rows]) -> None:
         too_early = early[:, None] & vocabulary.ends
         steered, base = steered.masked_fill(too_early, -torch.inf), base.masked_fill(too_early, -torch.inf)
     tokens = _draw(steered, batch)
+    if int(tokens.max()) >= logits.shape[1]:  # what drawing from NaN gives
+        message = "the model's logits are not numbers; load it in bfloat16 or float32, float16 overflows easily"
+        raise FloatingPointError(message)
     first = 0
     for rows in batch:
         here = slice(first, first := first + len(rows))
@@ -329,16 +335,6 @@ def _draw(logits: Tensor, batch: Sequence[Rows]) -> Tensor:
 def time_is_up(deadline: float | None) -> bool:
     """Whether a deadline on the monotonic clock has passed."""
     return deadline is not None and time.monotonic() >= deadline
-
-
-def head_spread(head: nn.Module, width: int, samples: int = 32) -> float:
-    """Standard deviation over the vocabulary of the logits that standard normal pre-logits give."""
-    parameter = next(head.parameters())
-    keys = noise.fold(0, torch.arange(samples))
-    inputs = noise.normal(keys, width).to(parameter.device, parameter.dtype if parameter.is_floating_point() else None)
-    with torch.inference_mode():
-        logits = (head(inputs) - head(torch.zeros_like(inputs))).float()
-    return math.sqrt(float(logits.var(dim=-1, unbiased=False).mean()))
 
 
 def _to(steering: S, device: torch.device) -> S:

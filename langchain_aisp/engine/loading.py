@@ -1,14 +1,24 @@
-"""Models and tokenizers from the hub or a folder: device, precision, quantization, adapters, never remote code unasked."""
+"""Models and tokenizers from the hub or a folder: device, precision, quantization, adapters, no remote code unasked.
+
+And what an engine has to know of a loaded model: its head, which must be one that can be steered, and its context.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from langchain_aisp.types import require
+from langchain_aisp import noise
+from langchain_aisp.engine.cache import decoder_config, input_device
+from langchain_aisp.engine.decode import SteeredHead
+from langchain_aisp.types import Head, require
 
+_SAMPLES = 32  # noise vectors that measure a head
+_UNLIMITED = 1 << 30
 _QUANTIZATIONS = ("int8", "nf4")
 
 
@@ -28,8 +38,10 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | 
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     named = getattr(torch, dtype, None)
-    require(isinstance(named, torch.dtype), f"dtype must be 'auto' or a torch dtype such as 'bfloat16', got {dtype!r}")
-    return named  # type: ignore[no-any-return]
+    if not isinstance(named, torch.dtype):
+        message = f"dtype must be 'auto' or a torch dtype such as 'bfloat16', got {dtype!r}"
+        raise ValueError(message)  # a name that torch does not know, not a wrong type
+    return named
 
 
 def load_model(
@@ -53,20 +65,93 @@ def load_model(
     if quantization is not None:
         options["quantization_config"] = _quantization(quantization)
         options["device_map"] = {"": target}
-    model = AutoModelForCausalLM.from_pretrained(path, **options)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, **options)
     if adapter is not None:
         _add_adapter(model, adapter)
+    module: torch.nn.Module = model  # transformers' own typing of .to() hides that it is a module's
     if quantization is None:
-        model.to(target)
-    return model.eval()  # type: ignore[no-any-return]
+        module.to(target)
+    module.eval()
+    return model
 
 
 def load_tokenizer(
     path: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model."""
-    return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         path, revision=revision, trust_remote_code=trust_remote_code
+    )
+    return tokenizer
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Longest text in tokens, as long as one set of rotary frequencies holds.
+
+    Models with ``longrope`` turn to other frequencies at their original length; what they remember of the text before
+    would then be wrong, so their texts end there.
+    """
+    config = decoder_config(model)
+    longest = getattr(config, "max_position_embeddings", None) or _UNLIMITED
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *(part for part in rope.values() if isinstance(part, Mapping))):
+        if parameters.get("rope_type") == "longrope":
+            longest = min(longest, parameters.get("original_max_position_embeddings") or longest)
+    return int(longest)
+
+
+def output_head(model: PreTrainedModel) -> nn.Module:
+    """The head of a decoder, or a ValueError."""
+    head = model.get_output_embeddings()
+    if model.config.is_encoder_decoder:
+        fault = "is an encoder and a decoder"
+    elif isinstance(head, nn.ModuleList):
+        fault = f"has {len(head)} heads"
+    elif not isinstance(head, nn.Module):
+        fault = "has no head"
+    else:
+        return head
+    message = f"{type(model).__name__} {fault}, so its pre-logits cannot be steered; use a decoder with one linear head"
+    raise ValueError(f"{message} (AutoModelForCausalLM)")
+
+
+@torch.inference_mode()
+def measure_head(model: PreTrainedModel, head: SteeredHead) -> Head:
+    """Width and spread of the head, seen in the model's own logits, behind whatever scales or caps them.
+
+    Raises:
+        ValueError: The logits do not come from the head's input, once per pass, or depend on later tokens.
+    """
+    name = type(model).__name__
+    _require_causal(model)
+    keys = noise.fold(0, torch.arange(_SAMPLES))
+    widths: list[int] = []
+
+    def shifted(hidden: Tensor) -> Tensor:
+        widths.append(hidden.shape[-1])
+        return hidden + noise.normal(keys, hidden.shape[-1]).to(hidden)[:, None]
+
+    ids = torch.ones(_SAMPLES, 2, dtype=torch.int64, device=input_device(model))
+    plain = model(input_ids=ids).logits.float()
+    with head.editing(shifted):
+        steered = model(input_ids=ids).logits.float()
+    require(
+        head.calls == 1 and not torch.equal(plain, steered),
+        f"the logits of {name} do not come from its output embeddings, which it calls {head.calls} times in one pass; "
+        "only models whose logits come from one linear head, called once, can be steered",
+    )
+    spread = (steered - plain)[:, -1].var(dim=-1, unbiased=False).mean().sqrt()
+    return Head(widths[0], float(spread))
+
+
+def _require_causal(model: PreTrainedModel) -> None:
+    """Raise ValueError when a token's logits change with the token after it."""
+    ids = torch.tensor([[1, 2, 3, 2], [1, 4, 5, 4]], device=input_device(model))
+    first, second = model(input_ids=ids).logits[:, 0].float()
+    require(
+        bool((first - second).abs().max() <= 0.1 * first.std()),  # rounding stays far below
+        f"{type(model).__name__} sees the tokens that follow, so it cannot decode; if it is an encoder that can be a "
+        "decoder too, load it with is_decoder=True, else use a causal language model (AutoModelForCausalLM)",
     )
 
 

@@ -16,16 +16,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from langchain_aisp import noise
-from langchain_aisp.engine.cache import choose_cache, decoder_config
-from langchain_aisp.engine.decode import Rows, SteeredHead, Vocabulary, decode_step, head_spread, split, time_is_up
-from langchain_aisp.engine.loading import load_model, load_tokenizer
-from langchain_aisp.types import Chat, ContextLengthError, Head, Prompt, Response, Rollouts, Ticket, Wave, require
+from langchain_aisp.engine.cache import choose_cache, decoder_config, input_device
+from langchain_aisp.engine.decode import Rows, SteeredHead, Vocabulary, decode_step, split, time_is_up
+from langchain_aisp.engine.loading import context_length, load_model, load_tokenizer, measure_head, output_head
+from langchain_aisp.types import Chat, ContextLengthError, Prompt, Response, Rollouts, Ticket, Wave, require
 
 logger = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 30.0  # the thread leaves after so long without work, so that a forgotten engine frees its memory
 _SPOKEN_MARKERS = re.compile(r"tool|function|python_tag|think|channel|message", re.IGNORECASE)
-_UNLIMITED = 1 << 30
 
 
 class TransformersEngine:
@@ -73,10 +72,9 @@ class TransformersEngine:
         self.name = name or model.config.name_or_path or type(model).__name__
         self.chat_template = chat_template or _own_template(tokenizer, self.name)
         self.max_rows = max_rows
-        self.context_length = int(getattr(decoder_config(model), "max_position_embeddings", None) or _UNLIMITED)
+        self.context_length = context_length(model)
         self._head = SteeredHead(output_head(model))
-        width = _check_head(model, self._head)
-        self.head = Head(width, head_spread(self._head.module, width))
+        self.head = measure_head(model, self._head)
         self.cache = choose_cache(model)
         self._vocabulary = self._make_vocabulary()
         self._prompts: OrderedDict[tuple[int, ...], Any] = OrderedDict()
@@ -227,7 +225,7 @@ class TransformersEngine:
         return Vocabulary(forbidden.to(device), is_end.to(device), self._decode)
 
     def _decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        return self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.tokenizer.batch_decode([list(row) for row in rows], skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     # -- waves --------------------------------------------------------------------------------------------------------
 
@@ -433,18 +431,6 @@ def resolve(model_id_or_path: str) -> str:
     return str(LANGUAGE_MODEL_PATH)
 
 
-def output_head(model: PreTrainedModel) -> torch.nn.Module:
-    """The model's one head, or a ValueError."""
-    head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Module):
-        message = (
-            f"{type(model).__name__} has no single linear head (get_output_embeddings() gives {head!r}), so pre-logits "
-            "cannot be steered; use a causal language model (AutoModelForCausalLM)"
-        )
-        raise ValueError(message)  # noqa: TRY004 the value of the argument is wrong, whatever its type
-    return head
-
-
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens that end an answer: the generation config's, the model's and the tokenizer's."""
     configured = [
@@ -459,31 +445,8 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
 
 
 @torch.inference_mode()
-def _check_head(model: PreTrainedModel, head: SteeredHead) -> int:
-    """Width of the pre-logits; an error when the logits do not come from the head's input, once per pass."""
-    widths: list[int] = []
-
-    def shifted(hidden: Tensor) -> Tensor:
-        widths.append(hidden.shape[-1])
-        return hidden + 1.0
-
-    ids = torch.tensor([[1, 2]], device=model.get_input_embeddings().weight.device)
-    plain = model(input_ids=ids).logits
-    with head.editing(shifted):
-        steered = model(input_ids=ids).logits
-    if head.calls != 1 or torch.equal(plain, steered):
-        message = (
-            f"{type(model).__name__} calls its output embeddings {head.calls} times in one pass"
-            f"{'' if head.calls != 1 else ', and its logits do not follow them'}; only models whose logits come from "
-            "one linear head can be steered"
-        )
-        raise ValueError(message)
-    return widths[0]
-
-
-@torch.inference_mode()
 def _vocabulary_size(model: PreTrainedModel, head: SteeredHead) -> int:
-    ids = torch.tensor([[1]], device=model.get_input_embeddings().weight.device)
+    ids = torch.tensor([[1]], device=input_device(model))
     return int(model(input_ids=ids).logits.shape[-1])
 
 
@@ -497,7 +460,7 @@ def _own_template(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
             "chat_template= with a Jinja template (base models often use plain 'Human:' and 'Assistant:' turns)"
         )
         raise ValueError(message)
-    return template
+    return str(template)
 
 
 def _settle(future: Future[Rollouts], *, result: Rollouts | None = None, error: Exception | None = None) -> None:
