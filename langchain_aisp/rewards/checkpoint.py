@@ -183,7 +183,7 @@ def usable_length(loaded: LoadedClassifier) -> int | None:
     named = loaded.model.named_modules()
     offset = next((module.padding_idx + 1 for name, module in named if _is_offset(name, module)), 0)
     limits = [positions - offset if positions else None, loaded.tokenizer.model_max_length]
-    return min((limit for limit in limits if limit is not None and limit < 1 << 24), default=None)
+    return min((limit for limit in limits if limit is not None and 0 < limit < 1 << 24), default=None)
 
 
 def _is_offset(name: str, module: nn.Module) -> bool:

@@ -164,7 +164,9 @@ def _with_answer(chat: Chat, response: str) -> Messages:
     messages = [dict(message) for message in chat]
     if messages and messages[-1].get("role") == "assistant":
         begun = messages.pop()
-        return [*messages, {**begun, "content": f"{begun.get('content') or ''}{response}"}]
+        content = begun.get("content") or ""
+        blocks = [*content, {"type": "text", "text": response}] if isinstance(content, list) else content + response
+        return [*messages, {**begun, "content": blocks}]
     return [*messages, {"role": "assistant", "content": response}]
 
 

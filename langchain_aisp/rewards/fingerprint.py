@@ -54,7 +54,7 @@ def describe(value: Any, seen: tuple[int, ...] = ()) -> str:
 
 
 def _describe_function(function: FunctionType, seen: tuple[int, ...]) -> str:
-    """Code, defaults, closure, attributes, and every global value that the code reads."""
+    """Code, defaults, closure, attributes, and every global value and module that the code reads."""
     parts = [
         function.__code__,
         function.__defaults__,
@@ -62,6 +62,7 @@ def _describe_function(function: FunctionType, seen: tuple[int, ...]) -> str:
         tuple(sorted(vars(function).items())),
         tuple(_content(cell) for cell in function.__closure__ or ()),
         tuple((name, _global(function, name)) for name in sorted(_globals_read(function.__code__))),
+        _imports(function.__code__),
     ]
     return f"function{describe(tuple(parts), seen)}"
 
@@ -112,16 +113,27 @@ def _global(function: FunctionType, name: str) -> Any:
     return function.__globals__.get(name, vars(builtins).get(name, "an undefined name"))
 
 
-def _globals_read(code: CodeType) -> Iterator[str]:
-    """Global names that a code object and those inside it read."""
-    for instruction in dis.get_instructions(code):
+def _globals_read(code: CodeType) -> set[str]:
+    """Global names that a code object reads."""
+    instructions = list(_instructions(code))
+    for instruction in instructions:
         if instruction.opname in _GLOBAL_WRITES:
             raise Indescribable(f"a function that changes the global {instruction.argval}")
-        if instruction.opname in _GLOBAL_READS:
-            yield instruction.argval
+    return {instruction.argval for instruction in instructions if instruction.opname in _GLOBAL_READS}
+
+
+def _imports(code: CodeType) -> tuple[tuple[str, str], ...]:
+    """Modules that a code object imports when it runs, with their versions."""
+    names = {instruction.argval for instruction in _instructions(code) if instruction.opname == "IMPORT_NAME"}
+    return tuple((name, _version(name)) for name in sorted(names))
+
+
+def _instructions(code: CodeType) -> Iterator[dis.Instruction]:
+    """Instructions of a code object and of those inside it."""
+    yield from dis.get_instructions(code)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _globals_read(constant)
+            yield from _instructions(constant)
 
 
 def stable_fingerprint(fn: Callable[..., Any]) -> str | None:

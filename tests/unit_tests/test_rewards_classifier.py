@@ -156,7 +156,7 @@ def folder(tmp_path):
 
 def test_a_folder_gives_the_scores_of_the_model_in_memory(folder):
     expected = scores(ClassifierReward(tiny_llama(), byte_tokenizer()))
-    torch.testing.assert_close(scores(ClassifierReward.from_pretrained(folder)), expected)
+    torch.testing.assert_close(scores(ClassifierReward.from_pretrained(folder, device="cpu")), expected)
 
 
 def test_a_cpu_computes_in_float32_whatever_the_checkpoint_holds(tmp_path):
@@ -225,7 +225,7 @@ def write_scalar_head_checkpoint(path, form):
 def test_a_backbone_with_a_scalar_head_is_read_at_the_last_token(tmp_path, form):
     backbone, head = write_scalar_head_checkpoint(tmp_path, form)
     reward = ClassifierReward.from_pretrained(
-        tmp_path, scalar_head="regression_head", allow_pickle=form == "pickle", batch_size=3
+        tmp_path, scalar_head="regression_head", allow_pickle=form == "pickle", batch_size=3, device="cpu"
     )
     encoder = ConversationEncoder(byte_tokenizer(), chat_template=None, add_bos=None, add_eos=None, max_length=None)
     with torch.inference_mode():

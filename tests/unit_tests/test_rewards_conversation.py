@@ -101,6 +101,9 @@ def test_an_answer_that_was_begun_is_continued():
     chat = [*CHAT, {"role": "assistant", "content": "Well, "}]
     assert tokenizer.decode(encoder(tokenizer).encode(chat, "hi")).endswith("<|assistant|>Well, hi</s>")
     assert chat[-1]["content"] == "Well, "
+    by_block = "{% for block in messages[-1].content %}{{ block.text }}{% endfor %}"
+    blocks = [*CHAT, {"role": "assistant", "content": [{"type": "text", "text": "Well, "}]}]
+    assert tokenizer.decode(encoder(tokenizer, chat_template=by_block).encode(blocks, "hi")) == "Well, hi"
 
 
 @pytest.mark.parametrize("make", [byte_tokenizer, word_tokenizer])

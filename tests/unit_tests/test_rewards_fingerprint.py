@@ -42,6 +42,18 @@ def uses_library(chat, responses):
     return [math.sqrt(sum(Counter(text).values())) for text in responses]
 
 
+def imports_library(chat, responses):
+    import string
+
+    return [text.count(string.digits) for text in responses]
+
+
+def imports_user_code(chat, responses):
+    import conftest
+
+    return [float(bool(conftest)) for _ in responses]
+
+
 def counts_down(chat, responses):
     return [0.0] if not responses else [0.0, *counts_down(chat, responses[1:])]
 
@@ -102,7 +114,9 @@ def test_the_same_source_evaluated_again_shares():
     assert is_stable(functools.partial(uses_helper))
 
 
-@pytest.mark.parametrize("fn", [uses_helper, uses_bonus, uses_library, counts_down, weighted(frozenset({"a", "b"}))])
+@pytest.mark.parametrize(
+    "fn", [uses_helper, uses_bonus, uses_library, imports_library, counts_down, weighted(frozenset({"a", "b"}))]
+)
 def test_plain_functions_have_a_stable_fingerprint(fn):
     assert is_stable(fn)
     assert fingerprint(fn) == fingerprint(fn)
@@ -129,7 +143,9 @@ class NamedJudge(Judge):
     fingerprint = "judge-v2"
 
 
-@pytest.mark.parametrize("fn", [uses_table, writes_global, weighted([1]), weighted(object()), Judge(), Judge().method])
+@pytest.mark.parametrize(
+    "fn", [uses_table, imports_user_code, writes_global, weighted([1]), weighted(object()), Judge(), Judge().method]
+)
 def test_what_may_change_unseen_has_a_fingerprint_of_its_own(fn):
     first, second = as_reward(fn), as_reward(fn)
     assert not is_stable(fn)
