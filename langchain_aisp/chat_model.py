@@ -1,0 +1,552 @@
+"""The LangChain chat model: it turns a call into a request, a search's outcome into a message, and nothing else.
+
+Every way of calling it, invoke, batch, stream and their asynchronous twins, runs through ``_stream`` or ``_astream``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import secrets
+import uuid
+import warnings
+import weakref
+from asyncio import to_thread
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
+from contextlib import aclosing, closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import torch
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.exceptions import ContextOverflowError, ModelTimeoutError
+from langchain_core.language_models import BaseChatModel, LangSmithParams
+from langchain_core.language_models.chat_models import generate_from_stream
+from langchain_core.language_models.model_profile import ModelProfile
+from langchain_core.messages import AIMessageChunk, BaseMessage
+from langchain_core.messages.ai import UsageMetadata
+from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from pydantic import AliasChoices, ConfigDict, Field, SecretStr, field_validator, model_validator
+
+from langchain_aisp.align import Aligned, Budget, Iteration, aiterate, iterate
+from langchain_aisp.demo import LANGUAGE_MODEL_PATH, REWARD_MODEL_PATH
+from langchain_aisp.messages import continues_last, to_chat
+from langchain_aisp.methods import AISP
+from langchain_aisp.progress import areport, report
+from langchain_aisp.rewards import ClassifierReward, as_reward
+from langchain_aisp.types import Chat, ContextLengthError, Engine, Method, Reward, Sampling, require
+
+if TYPE_CHECKING:
+    from langchain_aisp.engine import TransformersEngine
+
+DEMO = "demo"
+
+PER_CALL = frozenset(
+    ("budget", "max_tokens", "method", "model", "reward", "seed", "temperature", "timeout", "top_k", "top_p")
+)
+"""Fields that ``invoke`` and its siblings accept for one call, besides ``stop``."""
+
+_LANGCHAINS_OWN = frozenset(("stream", "ls_structured_output_format", "structured_output_format"))
+"""Arguments by which LangChain speaks to itself."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that one answer depends on.
+
+    Attributes:
+        model_name: What the user calls the model.
+        engine: Decodes.
+        reward: Scores.
+        method: Searches.
+        chat: What is to be answered.
+        sampling: How tokens are drawn.
+        seed: Fixes the noise.
+        budget: What the search may spend.
+    """
+
+    model_name: str
+    engine: Engine
+    reward: Reward
+    method: Method[Any]
+    chat: Chat
+    sampling: Sampling
+    seed: int
+    budget: Budget
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments of the search."""
+        return {
+            "sampling": self.sampling,
+            "seed": self.seed,
+            "budget": self.budget,
+            "continue_last": continues_last(self.chat),
+        }
+
+    def iterate(self) -> Generator[Iteration | Aligned]:
+        """Run the search; whoever waits is a thread."""
+        return iterate(self.engine, self.reward, self.method, self.chat, **self.settings)
+
+    def aiterate(self) -> AsyncGenerator[Iteration | Aligned]:
+        """Run the search; whoever waits is an event loop."""
+        return aiterate(self.engine, self.reward, self.method, self.chat, **self.settings)
+
+
+class AISPChatModel(BaseChatModel):
+    """A chat model that searches for the answer its reward likes best, by importance sampling on pre-logits.
+
+    Weights are loaded at the first call, once per process: copies, pickles and ``configurable_fields`` share them.
+    The same request with the same seed gives the same answer, alone or among others. ``response_metadata`` of an
+    answer tells its reward, what the search cost, why it stopped and, as ``trace``, what each iteration brought.
+    ``usage_metadata`` counts the prompt and the returned answer alone.
+
+    A stream cannot show an answer before the search has chosen it: it brings one empty chunk per iteration, with its
+    line of the trace, and then the answer. The same lines, with the best text so far, go out as custom events
+    ``aisp_iteration`` to callbacks and to LangGraph's ``stream_mode="custom"``.
+
+    ``invoke`` and its siblings take ``stop``, ``model``, ``reward``, ``method``, ``budget``, ``max_tokens``,
+    ``temperature``, ``top_p``, ``top_k``, ``seed`` and ``timeout`` for a single call.
+
+    Example:
+        ```python
+        from langchain_aisp import AISP, AISPChatModel
+
+        chat = AISPChatModel(model="demo", method=AISP(samples=128, iterations=8), max_tokens=64)
+        message = chat.invoke("My parcel is late")
+        print(message.content, message.response_metadata["reward"])
+        ```
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
+
+    model: str | None = Field(default=None, validation_alias=AliasChoices("model", "model_name"))
+    """Hub id or path of a causal language model, or "demo" for the small one that comes with the package."""
+
+    engine: Any = Field(default=None, exclude=True)
+    """A live engine instead of ``model``; such a chat model can be copied but not pickled."""
+
+    reward: Any = None
+    """What is maximised: a reward, or a function ``(chat, responses) -> scores``. Only "demo" brings its own."""
+
+    method: Any = Field(default_factory=AISP)
+    """The search, with its own settings: ``AISP(...)``, ``BestOfN(...)`` or another method."""
+
+    budget: Budget = Budget()
+    """What one answer may cost, whatever the method plans."""
+
+    max_tokens: int = 256
+    """Longest answer, in tokens."""
+
+    temperature: float = 1.0
+    """Sampling temperature; 0 takes the likeliest token, so that plain samples are all the same."""
+
+    top_p: float = 1.0
+    """Share of the probability mass that may be drawn, the likeliest tokens first; 1 keeps every token."""
+
+    top_k: int = 0
+    """Likeliest tokens that may be drawn; 0 keeps every token."""
+
+    stop: list[str] | None = Field(default=None, validation_alias=AliasChoices("stop", "stop_sequences"))
+    """Strings that end an answer; they are not part of it."""
+
+    seed: int | None = 0
+    """Equal seeds give equal answers; None draws a new seed for every call, which the metadata tell."""
+
+    timeout: float | None = Field(default=None, validation_alias=AliasChoices("timeout", "request_timeout"))
+    """Seconds after which the best answer so far is returned; the tighter of this and the budget's holds."""
+
+    revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
+
+    dtype: str | torch.dtype = "auto"
+    """Precision of the weights; "auto" is float32 on a CPU and the checkpoint's own elsewhere."""
+
+    device: str = "auto"
+    """Where the weights live; "auto" takes a GPU if there is one."""
+
+    quantization: Any = None
+    """"int8", "nf4" or a quantization config of transformers; None leaves the weights as they are."""
+
+    adapter: str | None = None
+    """Path or id of a PEFT adapter."""
+
+    chat_template: str | None = None
+    """Jinja template to use instead of the tokenizer's."""
+
+    trust_remote_code: bool = False
+    """Whether code that comes with the model may run."""
+
+    streaming: bool | None = None
+    """Whether ``invoke`` goes through ``stream``; the answer is the same."""
+
+    max_retries: int | None = None
+    """Accepted because all chat models have it; a local model has nothing to retry."""
+
+    api_key: SecretStr | None = None
+    """Accepted because all chat models have it; for gated models set ``HF_TOKEN`` in the environment."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _warn_of_unknown_arguments(cls, values: dict[str, Any]) -> dict[str, Any]:
+        known = {*cls.model_fields, "model_name", "stop_sequences", "request_timeout"}
+        for name in values.keys() - known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else "Settings of the search go into method=AISP(...)."
+            warnings.warn(f"AISPChatModel has no argument {name!r}; it is ignored. {hint}", stacklevel=2)
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _look_up_profile_again(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """``configurable_fields`` builds a model from the fields of another, whose profile need not fit."""
+        return {**values, "profile": None} if isinstance(values.get("profile"), _ResolvedProfile) else values
+
+    @field_validator("reward")
+    @classmethod
+    def _wrap_reward(cls, reward: Any) -> Reward | None:
+        """Wrap a function once, so that every call sees one reward with one fingerprint."""
+        return None if reward is None else as_reward(reward)
+
+    @field_validator("method")
+    @classmethod
+    def _check_method(cls, method: Any) -> Any:
+        require(
+            not isinstance(method, type) and hasattr(method, "propose"),
+            f"method must be a method such as AISP(samples=256) or BestOfN(samples=256), got {method!r}",
+        )
+        return method
+
+    @field_validator("engine")
+    @classmethod
+    def _check_engine(cls, engine: Any) -> Any:
+        require(
+            engine is None or (not isinstance(engine, type) and hasattr(engine, "submit")),
+            f"engine must be a live engine such as TransformersEngine.from_pretrained(...), got {engine!r}; "
+            "the id or path of a model goes into model=",
+        )
+        return engine
+
+    @model_validator(mode="after")
+    def _check_request(self) -> Self:
+        require(
+            (self.model is None) != (self.engine is None),
+            f"Give either model= (a hub id, a path or 'demo') or engine= (a live engine); got model={self.model!r} "
+            f"and {'no engine' if self.engine is None else 'an engine'}.",
+        )
+        require(
+            self.reward is not None or self.model == DEMO,
+            f"{self.model_name!r} needs a reward to search for: a function such as "
+            "reward=lambda chat, responses: [-len(text) for text in responses], or "
+            "ClassifierReward.from_pretrained(...). "
+            "Only model='demo' has its own.",
+        )
+        _ = self._sampling, self._budget  # they say at once what nobody can follow
+        return self
+
+    @property
+    def model_name(self) -> str:
+        """What the user calls the model."""
+        return str(self.engine.name if self.model is None else self.model)
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        return generate_from_stream(self._stream(messages, stop, run_manager, **kwargs))
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        async with aclosing(self._astream(messages, stop, run_manager, **kwargs)) as chunks:
+            return generate_from_stream(iter([chunk async for chunk in chunks]))
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        request = self._request(messages, stop, kwargs)
+        with _langchain_errors(), closing(request.iterate()) as steps:
+            for step in steps:
+                if isinstance(step, Iteration):
+                    report(step, run_manager)
+                yield _chunk(request, step)
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncGenerator[ChatGenerationChunk]:
+        request = await to_thread(self._request, messages, stop, kwargs)  # the first one loads the weights
+        with _langchain_errors():
+            async with aclosing(request.aiterate()) as steps:
+                async for step in steps:
+                    if isinstance(step, Iteration):
+                        await areport(step, run_manager)
+                    yield _chunk(request, step)
+
+    def _request(self, messages: Sequence[BaseMessage], stop: list[str] | None, options: Mapping[str, Any]) -> Request:
+        """What one call asks for; loads the weights if nobody has yet."""
+        chat = to_chat(messages)
+        model = self._for_one_call(stop, options)
+        return Request(
+            model_name=model.model_name,
+            engine=model._live_engine(),
+            reward=_demo_reward() if model.reward is None else model.reward,
+            method=model.method,
+            chat=chat,
+            sampling=model._sampling,
+            seed=secrets.randbits(32) if model.seed is None else model.seed,
+            budget=model._budget,
+        )
+
+    def _for_one_call(self, stop: list[str] | None, options: Mapping[str, Any]) -> Self:
+        """This model with the options of one call, which are checked like those of the constructor."""
+        options = {name: value for name, value in options.items() if name not in _LANGCHAINS_OWN}
+        if unknown := sorted(options.keys() - PER_CALL):
+            possible = ", ".join(sorted(PER_CALL | {"stop"}))
+            raise TypeError(f"AISPChatModel knows no option {', '.join(unknown)} of a call. Possible are {possible}.")
+        if stop is not None:
+            options["stop"] = stop
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self)(**{**fields, **options}) if options else self
+
+    def _live_engine(self) -> Engine:
+        if self.model is None:
+            return cast(Engine, self.engine)
+        from langchain_aisp.engine import TransformersEngine  # seconds, so only where a model is loaded
+
+        return TransformersEngine.shared(
+            self.model,
+            revision=self.revision,
+            dtype=self.dtype,
+            device=self.device,
+            quantization=self.quantization,
+            adapter=self.adapter,
+            chat_template=self.chat_template,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    @property
+    def _sampling(self) -> Sampling:
+        return Sampling(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            stop=tuple(self.stop or ()),
+        )
+
+    @property
+    def _budget(self) -> Budget:
+        """The budget, tightened by the timeout."""
+        limits = [limit for limit in (self.budget.seconds, self.timeout) if limit is not None]
+        return replace(self.budget, seconds=min(limits, default=None))
+
+    @property
+    def _llm_type(self) -> str:
+        return "aisp"
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        """All that an answer depends on; LangChain's caches take it as their key."""
+        return {
+            "model": self.model_name,
+            "engine": None if self.engine is None else _engine_identity(self.engine),
+            "revision": self.revision,
+            "dtype": str(self.dtype),
+            "device": self.device,
+            "quantization": None if self.quantization is None else repr(self.quantization),
+            "adapter": self.adapter,
+            "chat_template": self.chat_template,
+            "method": repr(self.method),
+            "reward": None if self.reward is None else self.reward.fingerprint,
+            "sampling": repr(self._sampling),
+            "budget": repr(self._budget),
+            "seed": self.seed,
+        }
+
+    def _get_invocation_params(self, stop: list[str] | None = None, **kwargs: Any) -> dict[str, Any]:
+        """The parameters of one call, its options folded in: a function's ``repr`` would be no key for a cache."""
+        return self._for_one_call(stop, kwargs).asdict()
+
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        return str(sorted(self._get_invocation_params(stop, **kwargs).items()))
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        params = super()._get_ls_params(stop=stop or self.stop, **kwargs)
+        params["ls_provider"] = "aisp"
+        params.setdefault("ls_model_name", self.model_name)
+        return params
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Token ids of a text alone, by the model's own tokenizer."""
+        if self.custom_get_token_ids is not None:
+            return self.custom_get_token_ids(text)
+        return cast("TransformersEngine", self._live_engine()).token_ids(text)
+
+    def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
+        """Tokens of a conversation as the model would read it, by its own tokenizer and chat template.
+
+        A conversation that is too long to be answered counts as the whole context at least; a part of one that the
+        template refuses by itself, such as a lone result of a tool, is counted by its texts.
+        """
+        require(not tools, "Tools cannot be counted, because AISPChatModel does not take tools yet.")
+        if not messages:
+            return 0
+        engine, chat = cast("TransformersEngine", self._live_engine()), to_chat(messages)
+        texts = sum(engine.count_tokens(turn["content"]) for turn in chat)
+        try:
+            return len(engine.encode(chat).ids)
+        except ContextLengthError:
+            return max(texts, engine.context_length)
+        except ValueError:
+            return texts
+
+    def _resolve_model_profile(self) -> ModelProfile:
+        if self.engine is not None:
+            length = getattr(self.engine, "context_length", None)
+        else:
+            length = _context_length(str(LANGUAGE_MODEL_PATH) if self.model == DEMO else str(self.model), self.revision)
+        limits = {} if length is None else {"max_input_tokens": length, "max_output_tokens": self.max_tokens}
+        return cast(ModelProfile, _ResolvedProfile(_ABILITIES, name=self.model_name, **limits))
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """Pickle settings, never weights."""
+        if self.engine is not None:
+            raise TypeError(
+                f"A chat model with a live engine ({self.model_name}) cannot be pickled. Build it with model= instead "
+                "of engine=: then every process loads the weights once, by itself."
+            )
+        return super().__getstate__()
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Copy settings and share what holds weights."""
+        memo = {} if memo is None else memo
+        memo.update({id(part): part for part in (self.engine, self.reward)})
+        return super().__deepcopy__(memo)
+
+
+def _chunk(request: Request, step: Iteration | Aligned) -> ChatGenerationChunk:
+    """An iteration as an empty chunk with its line of the trace, or the outcome as the chunk with the answer.
+
+    Merged, the chunks of a stream make the message of ``invoke``. LangChain appends lists when it merges, but it
+    concatenates strings and refuses unequal floats: so every other key stands on one chunk only.
+    """
+    if isinstance(step, Iteration):
+        return ChatGenerationChunk(message=AIMessageChunk(content="", response_metadata={"trace": [step.numbers]}))
+    return ChatGenerationChunk(message=_answer(request, step))
+
+
+def _answer(request: Request, aligned: Aligned) -> AIMessageChunk:
+    best = aligned.best
+    if best.response.finish_reason == "timeout" and not best.response.text:
+        limit = request.budget.seconds
+        raise ModelTimeoutError(f"{request.model_name} had no answer within {limit} seconds; give it more time.")
+    reasoning = {} if best.response.reasoning is None else {"reasoning_content": best.response.reasoning}
+    return AIMessageChunk(
+        content=best.response.text,
+        additional_kwargs=reasoning,
+        response_metadata={
+            "model_name": request.model_name,
+            "model_provider": "aisp",
+            "finish_reason": best.response.finish_reason,
+            "reward": best.reward,
+            "method": aligned.method,
+            "samples": aligned.samples,
+            "sampled_tokens": aligned.sampled_tokens,
+            "reward_calls": aligned.reward_calls,
+            "seconds": aligned.seconds,
+            "stopped": aligned.stopped,
+            "seed": request.seed,
+        },
+        usage_metadata=UsageMetadata(
+            input_tokens=aligned.prompt_tokens,
+            output_tokens=len(best.tokens),
+            total_tokens=aligned.prompt_tokens + len(best.tokens),
+        ),
+        chunk_position="last",
+    )
+
+
+@contextmanager
+def _langchain_errors() -> Iterator[None]:
+    """Raise what LangChain's middleware knows how to handle."""
+    try:
+        yield
+    except ContextLengthError as error:
+        raise ContextOverflowError(str(error)) from error
+
+
+@lru_cache(maxsize=1)
+def _demo_reward() -> Reward:
+    return ClassifierReward.from_pretrained(str(REWARD_MODEL_PATH))
+
+
+_identities: dict[int, str] = {}
+
+
+def _engine_identity(engine: Engine) -> str:
+    """Tells live engines of one name apart; an address alone would not, since it is used again."""
+    if id(engine) not in _identities:
+        _identities[id(engine)] = uuid.uuid4().hex
+        weakref.finalize(engine, _identities.pop, id(engine))
+    return _identities[id(engine)]
+
+
+class _ResolvedProfile(dict[str, Any]):
+    """A profile that was looked up rather than given, so that another model does not inherit it."""
+
+
+_ABILITIES: dict[str, Any] = {
+    "text_inputs": True,
+    "image_inputs": False,
+    "image_url_inputs": False,
+    "pdf_inputs": False,
+    "audio_inputs": False,
+    "video_inputs": False,
+    "image_tool_message": False,
+    "pdf_tool_message": False,
+    "text_outputs": True,
+    "image_outputs": False,
+    "audio_outputs": False,
+    "video_outputs": False,
+    "reasoning_output": False,
+    "tool_calling": False,
+    "tool_choice": False,
+    "structured_output": False,
+    "mid_conversation_system_messages": False,
+    "temperature": True,
+}
+
+
+def _context_length(model: str, revision: str | None) -> int | None:
+    """Positions of a model, from its config file, where that is on this machine already."""
+    file = Path(model) / "config.json"
+    if not file.is_file():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(model, "config.json", revision=revision)
+        if not isinstance(cached, str):
+            return None
+        file = Path(cached)
+    config = json.loads(file.read_text("utf-8"))
+    lengths = [part.get(key) for part in (config, config.get("text_config", {})) for key in _POSITION_FIELDS]
+    return min((length for length in lengths if isinstance(length, int)), default=None)
+
+
+_POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")

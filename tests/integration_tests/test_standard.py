@@ -1,0 +1,41 @@
+"""LangChain's own standard integration tests, on the models that come with the package."""
+
+from typing import Any
+
+import pytest
+from langchain_tests.integration_tests import ChatModelIntegrationTests
+
+from langchain_aisp import AISP, AISPChatModel, ClassifierReward
+from langchain_aisp.demo import LANGUAGE_MODEL_PATH, REWARD_MODEL_PATH
+
+pytestmark = pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")  # the suite measures recordings only
+
+
+class TestStandardIntegration(ChatModelIntegrationTests):
+    """Tests of tools, structured output, images and audio skip themselves: the model reads and writes text."""
+
+    @property
+    def chat_model_class(self) -> type[AISPChatModel]:
+        return AISPChatModel
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {
+            "model": "demo",
+            "reward": ClassifierReward.from_pretrained(REWARD_MODEL_PATH),  # a model given by its path has no own one
+            "method": AISP(samples=8, iterations=2),
+            "max_tokens": 24,
+        }
+
+    @property
+    def supports_model_override(self) -> bool:
+        return True
+
+    @property
+    def model_override_value(self) -> str:
+        return str(LANGUAGE_MODEL_PATH)
+
+    @property
+    def enable_vcr_tests(self) -> bool:
+        """Also measure a stream; a local model makes no requests that would have to be recorded."""
+        return True
