@@ -203,6 +203,8 @@ class Rows:
     def _end_at_stop_strings(self, live: Tensor) -> None:
         longest = max(len(stop.encode()) for stop in self.sampling.stop) + 2  # a token holds a byte or more
         rows = [row for row in live.tolist() if self.reason[row] < 0]
+        if not rows:
+            return
         lengths = self.length.tolist()
         tails = [self.tokens[row, max(0, lengths[row] - longest) : lengths[row]].tolist() for row in rows]
         texts = self.vocabulary.decode(tails)

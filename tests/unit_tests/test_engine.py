@@ -206,6 +206,14 @@ def test_stop_strings_end_rows_and_are_trimmed(engine):
         assert after.finish_reason == ("stop" if letter in before.text else "length")
 
 
+def test_rows_may_end_by_themselves_where_a_stop_string_was_awaited(engine):
+    child = replace(
+        tiny.wave(engine.encode(CHAT), 1, 6, stop=("never",), min_tokens=0, temperature=0.0),
+        steering=GaussianSteering(60 * engine.model.lm_head.weight[1].detach().expand(6, 32).clone(), 0.0),
+    )
+    assert decode(engine, child).tokens[0, 0] == 1
+
+
 def test_no_response_ends_before_its_first_token(engine):
     rollouts = decode(engine, tiny.wave(engine.encode(CHAT), 64, 30, temperature=50.0))
     assert int((rollouts.tokens[:, 0] == 1).sum()) == 0
