@@ -19,7 +19,7 @@ VOCABULARY = 128
 WINDOW = 6
 """Sliding windows and chunks, far shorter than the texts of the tests."""
 
-_SIZES: Mapping[str, Any] = {
+SIZES: Mapping[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -31,6 +31,7 @@ _SIZES: Mapping[str, Any] = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "tie_word_embeddings": False,
 }
 _EXPERTS: Mapping[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _ROUTED: Mapping[str, Any] = {
@@ -211,7 +212,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _expanded("Mamba", "mamba", _TOKENWISE),
     _expanded("Mamba 2", "mamba2", _RECURRENT, num_heads=4, head_dim=16, state_size=8, n_groups=2, chunk_size=8),
     _none("RWKV", "rwkv", "has a state of its own kind"),
-    _none("xLSTM", "xlstm", "has a cache of its own kind", num_heads=4, head_dim=None),
     _slots("Nemotron", "nemotron", "rotates a part of each head"),
     _expanded(
         "Nemotron-H",
@@ -300,7 +300,7 @@ BY_TITLE: Mapping[str, Architecture] = {one.title: one for one in ARCHITECTURES}
 
 def configuration(kind: str, **sizes: Any) -> PreTrainedConfig:
     """A tiny configuration; ``sizes`` replace the usual ones, None leaves one out."""
-    known = {name: size for name, size in {**_SIZES, **sizes}.items() if size is not None}
+    known = {name: size for name, size in {**SIZES, **sizes}.items() if size is not None}
     return AutoConfig.for_model(kind, **known)
 
 

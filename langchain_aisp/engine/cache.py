@@ -9,7 +9,7 @@ step and forgets rows. A *cache* is the way of a model: it prefills prompts, ope
   a store equally long. For recurrent and hybrid models and for attention that bypasses the registry.
 * ``NoCache``: the whole text again at every step. Slow and always right; the reference for the other two.
 
-``choose_cache`` takes the first that agrees with ``NoCache`` on the model at hand.
+``choose_cache`` takes the first that gives the logits of the whole text on the model at hand.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_TEXT = 1 << 20  # masks are read up to here
 _COLUMN_BLOCK = 64  # rows' buffers grow by so many columns at a time
 
 
@@ -196,35 +197,24 @@ class SlotStore:
             [n, q, query heads, dv]
         """
         rows, query_heads, asked, _ = query.shape
-        heads, new, value_width = key.shape[1], key.shape[2], value.shape[-1]
-        group = query_heads // heads
+        heads, new = key.shape[1], key.shape[2]
         if layer.source == index:
             self._write(index, key, value)
         if self.fresh and asked == new and softcap is None and sinks is None:
             return self._attend_fresh(query, key, value, scaling, layer.window)
-        own_keys, own_values = (part[:, :, : self.column + new] for part in self.buffers[layer.source])
-        prompt_keys, prompt_values = self.prompt.layers[layer.source] if self.prompt.length else (None, None)
-
-        query = (query * scaling).reshape(rows, heads, group * asked, -1)
-        scores = query @ own_keys.transpose(2, 3)
-        if prompt_keys is not None:
-            shared = query.transpose(0, 1).reshape(heads, rows * group * asked, -1) @ prompt_keys.transpose(1, 2)
-            shared = shared.view(heads, rows, group * asked, -1).transpose(0, 1)
-            scores = torch.cat([shared, scores], dim=-1)
+        keys, values = (part[:, :, : self.column + new] for part in self.buffers[layer.source])
+        query = (query * scaling).reshape(rows, heads, -1, query.shape[-1])  # queries of a group beside each other
+        scores = query @ keys.transpose(2, 3)
+        if self.prompt.length:
+            prompt_keys, prompt_values = self.prompt.layers[layer.source]
+            scores = torch.cat([_times_shared(query, prompt_keys.transpose(1, 2)), scores], dim=-1)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        mask = self._mask(new, asked, layer.window)
-        if mask is not None:
-            width = scores.shape[-1]
-            scores = scores.view(rows, heads, group, asked, width) + mask.to(scores.device, scores.dtype)
-            scores = scores.view(rows, heads, group * asked, width)
-        weights = _softmax_with_sinks(scores, sinks, group, asked).to(value.dtype)
-
-        out = weights[..., self.prompt.length :] @ own_values
-        if prompt_values is not None:
-            shared = weights[..., : self.prompt.length].transpose(0, 1).reshape(heads, rows * group * asked, -1)
-            out = out + (shared @ prompt_values).view(heads, rows, group * asked, value_width).transpose(0, 1)
-        return out.reshape(rows, query_heads, asked, value_width).transpose(1, 2)
+        weights = _weights(scores, self._mask(new, asked, layer.window), sinks, asked).to(value.dtype)
+        out = weights[..., self.prompt.length :] @ values
+        if self.prompt.length:
+            out = out + _times_shared(weights[..., : self.prompt.length], prompt_values)
+        return out.reshape(rows, query_heads, asked, -1).transpose(1, 2)
 
     def _attend_fresh(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
         """A prompt is read with torch's own attention, which needs no room for the scores of a long one."""
@@ -291,14 +281,24 @@ class SlotStore:
         return mask[:, None, None]
 
 
-def _softmax_with_sinks(scores: Tensor, sinks: Tensor | None, group: int, asked: int) -> Tensor:
-    """Softmax in float32 over the keys; sinks take their share and are dropped."""
+def _times_shared(rows: Tensor, shared: Tensor) -> Tensor:
+    """[n, heads, q, a] times [heads, a, b] in one product, so that the n rows read what they share once."""
+    count, heads, asked, _ = rows.shape
+    product = rows.transpose(0, 1).reshape(heads, count * asked, -1) @ shared
+    return product.view(heads, count, asked, -1).transpose(0, 1)
+
+
+def _weights(scores: Tensor, mask: Tensor | None, sinks: Tensor | None, asked: int) -> Tensor:
+    """Softmax of the scores [n, heads, group * q, keys] in float32; sinks take their share and are dropped."""
+    grouped = scores.view(*scores.shape[:2], -1, asked, scores.shape[-1])  # [n, heads, group, q, keys]
+    if mask is not None:
+        grouped = grouped + mask.to(scores.device, scores.dtype)
     if sinks is None:
-        return scores.softmax(dim=-1, dtype=torch.float32)
-    rows, heads = scores.shape[:2]
-    extra = sinks.to(scores.dtype).view(1, heads, group, 1).expand(rows, heads, group, asked)
-    extra = extra.reshape(rows, heads, group * asked, 1)
-    return torch.cat([scores, extra], dim=-1).softmax(dim=-1, dtype=torch.float32)[..., :-1]
+        weights = grouped.softmax(dim=-1, dtype=torch.float32)
+    else:
+        extra = sinks.to(scores.dtype).view(1, *grouped.shape[1:3], 1, 1).expand(*grouped.shape[:-1], 1)
+        weights = torch.cat([grouped, extra], dim=-1).softmax(dim=-1, dtype=torch.float32)[..., :-1]
+    return weights.flatten(2, 3)
 
 
 class _Attention(Protocol):
@@ -341,11 +341,11 @@ class _Visible:
 
     rule: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-    def window(self, longest: int) -> int | None:
+    def window(self, longest: int, device: torch.device) -> int | None:
         """The sliding window, None for all; ``_Unsuited`` when the rule is neither, up to the longest text."""
-        zero = torch.zeros((), dtype=torch.int64)
-        queries = torch.tensor([1, longest // 2, longest - 2, longest - 1])[:, None]
-        keys = torch.arange(longest)[None]
+        zero = torch.zeros((), dtype=torch.int64, device=device)
+        queries = torch.tensor([1, longest // 2, longest - 2, longest - 1], device=device)[:, None]
+        keys = torch.arange(longest, device=device)[None]
         visible = self.rule(zero, zero, queries, keys).expand(len(queries), longest)
         window = int(visible[-1].sum())
         if not torch.equal(visible, (keys <= queries) & (queries - keys < window)):
@@ -356,25 +356,28 @@ class _Visible:
 class _Reading:
     """A forward pass that answers nothing but notes what the layers are."""
 
-    _HARMLESS = frozenset({"scaling", "softcap", "s_aux", "sliding_window", "dropout", "position_ids"})
+    _OPTIONS = frozenset({"scaling", "softcap", "s_aux", "sliding_window", "dropout", "position_ids"})
 
     def __init__(self, longest: int) -> None:
         self.longest = longest
         self.layers: dict[int, _Layer] = {}
         self._keys: dict[int, Tensor] = {}
+        self._windows: dict[_Visible, int | None] = {}
 
     def attend(
         self, index: int, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
     ) -> Tensor:
         given = {name for name, option in options.items() if not (option is None or isinstance(option, bool))}
-        if given - self._HARMLESS:
-            raise _Unsuited(f"its attention has the options {sorted(given - self._HARMLESS)}, which no store knows")
+        if given - self._OPTIONS:
+            raise _Unsuited(f"its attention has the options {sorted(given - self._OPTIONS)}, which no store knows")
         if index in self.layers:
             raise _Unsuited("it runs a layer twice in one pass")
         if not isinstance(mask, _Visible):
             raise _Unsuited("it makes its attention masks itself")
+        if mask not in self._windows:
+            self._windows[mask] = mask.window(self.longest, key.device)
         source = next((other for other, known in self._keys.items() if known is key), index)
-        self.layers[index] = _Layer(source, mask.window(self.longest))
+        self.layers[index] = _Layer(source, self._windows[mask])
         self._keys[index] = key
         return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
 
@@ -434,10 +437,13 @@ class SlotCache:
     @torch.inference_mode()
     def _read_layers(self) -> list[_Layer]:
         config = decoder_config(self._model)
-        reading = _Reading(getattr(config, "max_position_embeddings", None) or 1 << 17)
+        reading = _Reading(min(getattr(config, "max_position_embeddings", None) or _LONGEST_TEXT, _LONGEST_TEXT))
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        with _attention(self._model, _READING, reading):
-            self._run(token, token, _PassThrough())
+        try:
+            with _attention(self._model, _READING, reading):
+                self._run(token, token, _PassThrough())
+        except (AttributeError, TypeError) as error:  # a _Visible is no tensor
+            raise _Unsuited(f"it works on its attention mask itself: {error}") from error
         if sorted(reading.layers) != list(range(config.num_hidden_layers)):
             asked = f"{len(reading.layers)} of its {config.num_hidden_layers} layers"
             raise _Unsuited(f"{asked} ask transformers' attention registry")

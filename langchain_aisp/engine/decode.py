@@ -108,6 +108,11 @@ class Rows:
         self.length = self.cut.clone()
         self.keys = wave.keys[index].to(device)
         self.uniforms = noise.uniform(self.keys)
+        self.choices = (  # tensors, so that a step makes none out of Python numbers
+            torch.tensor(self.sampling.temperature, device=device),
+            torch.tensor(self.sampling.top_p, device=device),
+            torch.tensor(self.sampling.top_k, device=device),
+        )
         kept = torch.arange(self.keys.shape[1], device=device) < self.cut[:, None]
         self.tokens = torch.where(kept, wave.prefix[index].to(device), -1)
         self.reason = torch.full_like(self.length, -1)  # index into _REASONS, -1 while the row is decoded
@@ -321,17 +326,10 @@ def _draw(logits: Tensor, batch: Sequence[Rows]) -> Tensor:
         rows.uniforms[rows.live].gather(1, at[:, None]).squeeze(1) for rows, at in zip(batch, position, strict=True)
     ]
 
-    def column(name: str, dtype: torch.dtype) -> Tensor:
-        values = [getattr(rows.sampling, name) for rows in batch for _ in range(len(rows))]
-        return torch.tensor(values, dtype=dtype, device=logits.device)
-
-    return draw(
-        logits,
-        torch.cat(uniforms),
-        column("temperature", torch.float32),
-        column("top_p", torch.float32),
-        column("top_k", torch.int64),
+    temperature, top_p, top_k = (
+        torch.cat([rows.choices[which].expand(len(rows)) for rows in batch]) for which in range(3)
     )
+    return draw(logits, torch.cat(uniforms), temperature, top_p, top_k)
 
 
 def time_is_up(deadline: float | None) -> bool:

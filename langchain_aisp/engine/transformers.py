@@ -173,7 +173,7 @@ class TransformersEngine:
             ContextLengthError: No room is left for an answer.
             ValueError: The chat template refuses the conversation.
         """
-        ids = tuple(self._tokenize(chat, continue_last=continue_last))
+        ids = tuple(self.tokenize(chat, continue_last=continue_last))
         require(len(ids) > 0, "the chat template made no tokens of the conversation; is it empty?")
         if len(ids) >= self.context_length:
             message = (
@@ -183,15 +183,8 @@ class TransformersEngine:
             raise ContextLengthError(message)
         return Prompt(chat, ids, noise.request_key(seed, ids))
 
-    def count_tokens(self, text: str) -> int:
-        """Tokens of a text, no special ones added."""
-        return len(self.token_ids(text))
-
-    def token_ids(self, text: str) -> list[int]:
-        """Token ids of a text, no special ones added."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def _tokenize(self, chat: Chat, *, continue_last: bool) -> list[int]:
+    def tokenize(self, chat: Chat, *, continue_last: bool = False) -> list[int]:
+        """Token ids of a conversation as the model reads it, however long; see ``encode``."""
         from jinja2 import TemplateError
 
         try:
@@ -210,6 +203,14 @@ class TransformersEngine:
             raise ValueError(message) from error
         return list(ids)
 
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text, no special ones added."""
+        return len(self.token_ids(text))
+
+    def token_ids(self, text: str) -> list[int]:
+        """Token ids of a text, no special ones added."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def _make_vocabulary(self) -> Vocabulary:
         size = _vocabulary_size(self.model, self._head)
         ends = end_tokens(self.model, self.tokenizer)
@@ -225,7 +226,9 @@ class TransformersEngine:
         return Vocabulary(forbidden.to(device), is_end.to(device), self._decode)
 
     def _decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        return self.tokenizer.batch_decode([list(row) for row in rows], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.tokenizer.batch_decode(
+            [list(row) for row in rows], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
     # -- waves --------------------------------------------------------------------------------------------------------
 
