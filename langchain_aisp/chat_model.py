@@ -402,20 +402,17 @@ class AISPChatModel(BaseChatModel):
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Tokens of a conversation as the model would read it, by its own tokenizer and chat template.
 
-        A conversation that is too long to be answered counts as the whole context at least; a part of one that the
-        template refuses by itself, such as a lone result of a tool, is counted by its texts.
+        A part of a conversation that the template refuses by itself, such as a lone result of a tool, is counted by
+        its texts.
         """
         require(not tools, "Tools cannot be counted, because AISPChatModel does not take tools yet.")
         if not messages:
             return 0
         engine, chat = cast("TransformersEngine", self._live_engine()), to_chat(messages)
-        texts = sum(engine.count_tokens(turn["content"]) for turn in chat)
         try:
-            return len(engine.encode(chat).ids)
-        except ContextLengthError:
-            return max(texts, engine.context_length)
+            return len(engine.tokenize(chat))
         except ValueError:
-            return texts
+            return sum(engine.count_tokens(turn["content"]) for turn in chat)
 
     def _resolve_model_profile(self) -> ModelProfile:
         if self.engine is not None:
