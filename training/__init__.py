@@ -1,0 +1,1 @@
+"""Builds the demo models: tokenizer, language model and reward model, from generated dialogues only."""

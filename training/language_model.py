@@ -1,0 +1,106 @@
+"""Trains the demo's language model on generated dialogues of the train split, answers good and bad."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from random import Random
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from langchain_aisp.demo.checker import Message
+from langchain_aisp.demo.chitchat import chat, echo
+from langchain_aisp.demo.scenarios import GOOD, compose, scenario
+from training.optimize import Optimizer
+from training.rows import Batch, Encoder, batches
+
+ANSWERS = 4  # per conversation
+SMALL_TALK = 0.06
+ECHO = 0.04
+EARLY, EARLY_GOOD, EARLY_ECHO = 8000, 0.8, 0.5  # the first rows teach copying: better answers, and much to repeat
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Size of a training run."""
+
+    steps: int
+    tokens: int = 1500  # per half step
+    seed: int = 0
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """A fresh Llama of about three and a half million parameters."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def dialogues(seed: int) -> Iterator[tuple[tuple[Message, ...], list[str]]]:
+    """The endless stream of training data: conversations and answers to each."""
+    rng = Random(f"language model/{seed}")
+    for index in count():
+        good, echoes = (EARLY_GOOD, EARLY_ECHO) if index < EARLY else (GOOD, ECHO)
+        if rng.random() < echoes:
+            says, answer = echo(rng)
+            yield ({"role": "user", "content": says},), [answer]
+        elif rng.random() < SMALL_TALK:
+            yield _small_talk(rng)
+        else:
+            case = scenario("train", rng)
+            yield case.messages, [compose(case, rng, good)[0] for _ in range(ANSWERS)]
+
+
+def _small_talk(rng: Random) -> tuple[tuple[Message, ...], list[str]]:
+    """Small talk, with a system prompt now and then, and sometimes after another turn of it."""
+    _, says, answer = chat(rng)
+    system = scenario("train", rng).messages[0]
+    messages: list[Message] = [system] if system["role"] == "system" else []
+    if rng.random() < 0.3:
+        _, earlier, reply = chat(rng)
+        messages += [{"role": "user", "content": earlier}, {"role": "assistant", "content": reply}]
+    return (*messages, {"role": "user", "content": says}), [answer]
+
+
+def loss_of(model: LlamaForCausalLM, batch: Batch) -> Tensor:
+    """Mean cross-entropy of the answers' tokens."""
+    keep = batch.targets != -100
+    hidden = model.model(
+        input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
+    ).last_hidden_state
+    logits = model.lm_head(hidden[keep])
+    return functional.cross_entropy(logits.float(), batch.targets[keep])
+
+
+def train(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> tuple[LlamaForCausalLM, list[float], int]:
+    """Trains a new model; returns it with the loss of every step and the number of conversations drawn."""
+    encoder, rng = Encoder(tokenizer), Random(recipe.seed)
+    model = new_model(tokenizer, recipe.seed)
+    optimizer = Optimizer(model, recipe.steps, matrix_rate=4e-3, other_rate=2e-3)
+    losses: list[float] = []
+    drawn = count()
+    started = time.monotonic()
+    rows = (encoder.row(*dialogue) for dialogue, _ in zip(dialogues(recipe.seed), drawn, strict=False))
+    stream = batches(rows, recipe.tokens, rng)
+    for step, groups in zip(range(recipe.steps), zip(stream, stream, strict=True), strict=False):
+        losses.append(optimizer.step([partial(loss_of, model, encoder.batch(group)) for group in groups]))
+        if step % 20 == 19:
+            recent = sum(losses[-20:]) / 20
+            print(f"language model: step {step + 1}, loss {recent:.3f}, {time.monotonic() - started:.0f} s", flush=True)
+    return model, losses, next(drawn)

@@ -1,0 +1,51 @@
+"""One optimiser for both models: Muon for matrices, AdamW for the rest, warm-up and linear decay to zero."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class Optimizer:
+    """Steps all parameters of a model through `steps` updates.
+
+    Each part of a batch runs in a thread of its own on one core. On a busy machine this is much faster than sharing
+    every single matrix product between the cores, where each product waits for the slower core.
+    """
+
+    def __init__(self, model: nn.Module, steps: int, *, matrix_rate: float, other_rate: float) -> None:
+        """Rates are those at the end of the warm-up."""
+        named = dict(model.named_parameters())
+        matrices = [value for name, value in named.items() if value.ndim == 2 and "layers" in name]
+        others = [value for name, value in named.items() if value.ndim != 2 or "layers" not in name]
+        self.parameters = [*matrices, *others]
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, lr=matrix_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=other_rate, betas=(0.9, 0.95), weight_decay=0.0),
+        ]
+        self.schedules = [LambdaLR(part, lambda step: _rate(step, steps)) for part in self.parts]
+        self.threads = ThreadPoolExecutor(initializer=torch.set_num_threads, initargs=(1,))
+
+    def step(self, losses: Sequence[Callable[[], Tensor]]) -> float:
+        """Descends the mean of the losses, each computed in its own thread, and returns it."""
+        results = list(self.threads.map(self._gradients, losses))
+        for index, parameter in enumerate(self.parameters):
+            parameter.grad = sum((gradients[index] for _, gradients in results), torch.zeros(())) / len(losses)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for part in self.parts:
+            part.step()
+        for schedule in self.schedules:
+            schedule.step()
+        return sum(loss for loss, _ in results) / len(losses)
+
+    def _gradients(self, loss_of: Callable[[], Tensor]) -> tuple[float, tuple[Tensor, ...]]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = loss_of()
+        return loss.item(), torch.autograd.grad(loss, self.parameters)
+
+
+def _rate(step: int, steps: int) -> float:
+    """Warm-up over 3 %, then linear to zero."""
+    return min((step + 1) / (0.03 * steps + 1), max(0.0, (steps - step) / steps))

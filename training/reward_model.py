@@ -1,0 +1,172 @@
+"""Trains the demo's reward model on noisy comparisons (Bradley-Terry); it never sees the checker at work.
+
+A labeller prefers one answer over another with a probability that grows with the weighted difference of their good
+parts. The weights are the labeller's taste; neither the model nor its user knows them.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import combinations
+from random import Random
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+from langchain_aisp.demo.checker import PARTS, Checks, Scenario, check
+from langchain_aisp.demo.chitchat import chat
+from langchain_aisp.demo.scenarios import Draft, draft, redraw, scenario
+from training.optimize import Optimizer
+from training.rows import Batch, Encoder, Row, batches
+
+LAYERS = 4
+TASTE = {"tone": 1.0, "acknowledgement": 1.3, "action": 1.2, "policy": 1.1, "privacy": 1.2, "closing": 0.9}
+SHARPNESS = 2.0  # of the labeller: a difference of one part is judged rightly in about nine of ten cases
+SMALL_TALK = 0.04
+JUNK = ("", ".", "???", "asdf asdf asdf", "the the the the the the", "I", "order order order", "lol", "0 0 0 0 0 0")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Size of a training run."""
+
+    steps: int
+    tokens: int = 3000  # per half step
+    seed: int = 0
+
+
+def liking(checks: Checks) -> float:
+    """The labeller's hidden utility of a whole answer."""
+    return sum(TASTE[part] * value for part, value in asdict(checks).items())
+
+
+def new_model(language_model: LlamaForCausalLM) -> LlamaForSequenceClassification:
+    """A classifier that starts from the language model's embeddings and first layers."""
+    config = LlamaConfig(**{**language_model.config.to_dict(), "num_hidden_layers": LAYERS, "num_labels": 1})
+    config.architectures = ["LlamaForSequenceClassification"]
+    model = LlamaForSequenceClassification(config)
+    missing = model.model.load_state_dict(language_model.model.state_dict(), strict=False).missing_keys
+    assert not missing, missing
+    torch.nn.init.zeros_(model.score.weight)
+    return model
+
+
+def candidates(case: Scenario, rng: Random) -> list[tuple[str, float]]:
+    """Answers to one scenario with the labeller's liking: whole, differing in one part, broken, and junk."""
+    first, second = draft(case, rng, rng.choice((0.4, 0.6, 0.8))), draft(case, rng)
+    drafts = [first, second, _neighbour(case, first, rng), _neighbour(case, first, rng)]
+    pairs = [(answer.text, liking(answer.labels)) for answer in drafts]
+    return [*pairs, _broken(case, first, rng)]
+
+
+def _neighbour(case: Scenario, answer: Draft, rng: Random) -> Draft:
+    """The same answer with one part turned from good to bad or back."""
+    part = rng.choice((*PARTS, "acknowledgement", "policy", "action"))  # facts are the harder parts
+    return redraw(case, answer, part, not getattr(answer.labels, part), rng)
+
+
+def _broken(case: Scenario, answer: Draft, rng: Random) -> tuple[str, float]:
+    """A cut, repeated, shuffled, foreign or meaningless text."""
+    words = answer.text.split()
+    kind = rng.choice(("cut", "cut", "repeated", "shuffled", "junk", "foreign"))
+    if kind == "cut":
+        text = " ".join(words[: rng.randrange(len(words))])
+    elif kind == "repeated":
+        sentence = rng.choice(answer.sentences)
+        text = rng.choice((" ".join([sentence] * rng.randint(2, 6)), f"{answer.text} {sentence} {sentence}"))
+    elif kind == "shuffled":
+        text = " ".join(rng.sample(words, len(words)))
+    elif kind == "junk":
+        text = rng.choice(JUNK)
+    else:
+        return _foreign(case, rng)
+    return text, liking(check(case, text)) - 1.5
+
+
+def _foreign(case: Scenario, rng: Random) -> tuple[str, float]:
+    """An answer to somebody else's question, or small talk."""
+    text = draft(scenario(case.split, rng), rng, 0.8).text if rng.random() < 0.7 else chat(rng, case.split)[2]
+    return text, liking(check(case, text))
+
+
+def _small_talk(encoder: Encoder, rng: Random) -> Row:
+    """The right answer to small talk, answers to other small talk, and a rude service answer."""
+    name, says, right = chat(rng)
+    others = [other for other in (chat(rng) for _ in range(3)) if other[0] != name]
+    rude = draft(scenario("train", rng), rng, 0.2).text
+    texts = [right, *(other[2] for other in others), rude, rng.choice(JUNK)]
+    likings = [5.0, *(2.0 for _ in others), 0.0, -1.5]
+    return encoder.row([{"role": "user", "content": says}], texts, likings)
+
+
+def comparisons(encoder: Encoder, sampled: Sequence[tuple[Scenario, Sequence[str]]], seed: int) -> Iterator[Row]:
+    """An endless stream; `sampled` holds the language model's own answers to train scenarios."""
+    rng = Random(f"reward model/{seed}")
+    while True:
+        draw = rng.random()
+        if draw < SMALL_TALK:
+            yield _small_talk(encoder, rng)
+            continue
+        if sampled and draw < 0.25:
+            case, texts = rng.choice(sampled)
+            answers = [(text, liking(check(case, text))) for text in rng.sample(texts, 4)] + candidates(case, rng)[:2]
+        else:
+            case = scenario("train", rng)
+            answers = candidates(case, rng)
+        yield encoder.row(case.messages, [text for text, _ in answers], [value for _, value in answers])
+
+
+def loss_of(model: LlamaForSequenceClassification, batch: Batch, verdicts: Sequence[tuple[int, int]]) -> Tensor:
+    """Bradley-Terry loss of the verdicts, plus a light pull of the rewards towards zero."""
+    rewards = rewards_of(model, batch)
+    chosen, rejected = (list(column) for column in zip(*verdicts, strict=True))
+    return -functional.logsigmoid(rewards[chosen] - rewards[rejected]).mean() + 1e-3 * rewards.square().mean()
+
+
+def _judge(rows: Sequence[Row], rng: Random) -> list[tuple[int, int]]:
+    """The labeller's noisy verdicts on all pairs of answers of each row: (chosen, rejected), counted over the batch."""
+    verdicts, start = [], 0
+    for row in rows:
+        for left, right in combinations(range(len(row.answers)), 2):
+            prefers_left = rng.random() < _sigmoid(SHARPNESS * (row.likings[left] - row.likings[right]))
+            verdicts.append((start + left, start + right) if prefers_left else (start + right, start + left))
+        start += len(row.answers)
+    return verdicts
+
+
+def rewards_of(model: LlamaForSequenceClassification, batch: Batch) -> Tensor:
+    """Rewards of all answers in a batch, [E] float32."""
+    hidden = model.model(
+        input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
+    ).last_hidden_state
+    rewards: Tensor = model.score(hidden[batch.ends[:, 0], batch.ends[:, 1]])
+    return rewards.float()[:, 0]
+
+
+def _sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value))
+
+
+def train(
+    language_model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    sampled: Sequence[tuple[Scenario, Sequence[str]]],
+    recipe: Recipe,
+) -> tuple[LlamaForSequenceClassification, list[float]]:
+    """Trains a new reward model; returns it with the loss of every step."""
+    encoder, rng = Encoder(tokenizer), Random(recipe.seed)
+    model = new_model(language_model)
+    optimizer = Optimizer(model, recipe.steps, matrix_rate=3e-3, other_rate=1.5e-3)
+    losses: list[float] = []
+    started = time.monotonic()
+    stream = batches(comparisons(encoder, sampled, recipe.seed), recipe.tokens, rng)
+    for step, groups in zip(range(recipe.steps), zip(stream, stream, strict=True), strict=False):
+        losses.append(optimizer.step([partial(loss_of, model, encoder.batch(g), _judge(g, rng)) for g in groups]))
+        if step % 20 == 19:
+            recent = sum(losses[-20:]) / 20
+            print(f"reward model: step {step + 1}, loss {recent:.3f}, {time.monotonic() - started:.0f} s", flush=True)
+    return model, losses
