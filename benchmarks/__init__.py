@@ -1,0 +1,1 @@
+"""Measurements, one command each; their last line is JSON, kept under ``results/`` with date, machine and command."""
