@@ -64,7 +64,9 @@ class Sampling:
     def __post_init__(self) -> None:
         """Reject values no decoder can follow."""
         require(self.max_tokens >= 1, f"max_tokens must be at least 1, got {self.max_tokens}")
-        require(0 <= self.min_tokens <= self.max_tokens, f"min_tokens must be in [0, max_tokens], got {self.min_tokens}")
+        require(
+            0 <= self.min_tokens <= self.max_tokens, f"min_tokens must be in [0, max_tokens], got {self.min_tokens}"
+        )
         require(self.temperature >= 0, f"temperature must not be negative, got {self.temperature}; 0 means argmax")
         require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}; 1 keeps every token")
         require(self.top_k >= 0, f"top_k must not be negative, got {self.top_k}; 0 keeps every token")

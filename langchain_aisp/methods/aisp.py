@@ -156,7 +156,7 @@ class Evidence:
         dual = inverse @ targets
         left_out = (dual / inverse.diagonal()).square().mean()  # leave-one-out residuals, in closed form
         foretold = float((1 - left_out).clamp(min=0))
-        direction = whitened @ dual
+        direction: Tensor = whitened @ dual
         length = float(torch.einsum("d,de,e->", direction, fisher, direction)) / 2  # nats per token, to second order
         return direction * math.sqrt(kl * foretold / max(length, 1e-12))
 
@@ -276,7 +276,7 @@ class AISP:
     def _steering(self, state: AISPState, count: int) -> SharedSteering | None:
         if self.control_kl == 0 or state.population is None:
             return None
-        return SharedSteering(state.evidence.control(self.control_kl), (torch.arange(count)%self.every==0).float())
+        return SharedSteering(state.evidence.control(self.control_kl), (torch.arange(count) % self.every == 0).float())
 
     def _draw_branches(self, state: AISPState, population: Population, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Parents [n], positions [n] and tokens [n] of the n ≤ count branches drawn."""
@@ -376,5 +376,5 @@ def merge_equal(nodes: Tensor, log_weights: Tensor) -> Tensor:
 def _parents_of(parents: Population, wave: Wave) -> Tensor:
     """For each row [N] a member that shares the row's keys before the cut; any one does, see ``_children``."""
     last = (wave.cut - 2).clamp(min=0)
-    same = parents.nodes[:, last].T == path_nodes(wave.prefix, wave.prompt.key).gather(1, last[:, None])
+    same = path_nodes(wave.prefix, wave.prompt.key).gather(1, last[:, None]) == parents.nodes[:, last].T
     return torch.where(wave.cut > 1, same.int().argmax(dim=1), 0)

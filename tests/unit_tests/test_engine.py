@@ -274,7 +274,9 @@ def test_observing_does_not_change_the_responses(engine):
 def test_steering_acts_through_the_head_and_only_within_its_horizon(engine):
     prompt = engine.encode(CHAT)
     greedy = decode(engine, tiny.wave(prompt, 4, 12, temperature=0.0))
-    none = decode(engine, tiny.wave(prompt, 4, 12, temperature=0.0, steering=GaussianSteering(torch.zeros(12, 32), 0.0)))
+    none = decode(
+        engine, tiny.wave(prompt, 4, 12, temperature=0.0, steering=GaussianSteering(torch.zeros(12, 32), 0.0))
+    )
     assert torch.equal(none.tokens, greedy.tokens)
     favoured = 42
     direction = engine.model.lm_head.weight[favoured].detach()
@@ -404,7 +406,9 @@ def test_a_tokenizer_without_chat_template_is_refused_unless_one_is_given():
     silent.chat_template = None
     with pytest.raises(ValueError, match="pass chat_template="):
         TransformersEngine(tiny.model(), silent)
-    engine = TransformersEngine(tiny.model(), silent, chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    engine = TransformersEngine(
+        tiny.model(), silent, chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
     assert engine.tokenizer.decode(engine.encode(CHAT).ids) == CHAT[0]["content"]
 
 
@@ -454,7 +458,9 @@ def test_a_cpu_loads_float32_unless_asked_otherwise(tmp_path):
     tiny.model().to(torch.bfloat16).save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
     assert TransformersEngine.from_pretrained(str(tmp_path), device="cpu").model.dtype == torch.float32
-    assert TransformersEngine.from_pretrained(str(tmp_path), device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
+    assert (
+        TransformersEngine.from_pretrained(str(tmp_path), device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
+    )
     with pytest.raises(ValueError, match="dtype must be"):
         TransformersEngine.from_pretrained(str(tmp_path), dtype="half-ish")
     with pytest.raises(ValueError, match="quantization must be one of int8, nf4"):

@@ -420,9 +420,10 @@ def test_a_reward_and_its_error_survive_pickling():
 
 
 def test_worker_threads_do_not_hold_up_the_exit_of_the_interpreter():
-    names = {thread.name: thread.daemon for thread in threading.enumerate() if thread.name.startswith("aisp-")}
+    ours = {"aisp-reward", "aisp-async-rewards"}
+    names = {thread.name: thread.daemon for thread in threading.enumerate() if thread.name in ours}
     scores(as_reward(by_length))
     scores(as_reward(by_length_async))
-    names |= {thread.name: thread.daemon for thread in threading.enumerate() if thread.name.startswith("aisp-")}
-    assert {"aisp-reward", "aisp-async-rewards"} <= set(names)
+    names |= {thread.name: thread.daemon for thread in threading.enumerate() if thread.name in ours}
+    assert set(names) == ours
     assert all(names.values())
