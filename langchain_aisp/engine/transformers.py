@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import re
 import threading
 import warnings
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -24,6 +26,7 @@ from langchain_aisp.types import Chat, ContextLengthError, Prompt, Response, Rol
 logger = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 30.0  # the thread leaves after so long without work, so that a forgotten engine frees its memory
+_EXIT_SECONDS = 5.0
 _SPOKEN_MARKERS = re.compile(r"tool|function|python_tag|think|channel|message", re.IGNORECASE)
 
 
@@ -84,6 +87,7 @@ class TransformersEngine:
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
+        _engines.add(self)
 
     @classmethod
     def from_pretrained(
@@ -257,9 +261,13 @@ class TransformersEngine:
         with self._wake:
             self._closed = True
             self._wake.notify()
-        if self._thread is not None:
-            self._thread.join()
+        self._join()
         self._head.remove()
+
+    def _join(self, seconds: float | None = None) -> None:
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(seconds)
 
     def __enter__(self) -> Self:
         """Close the engine when the scope ends."""
@@ -418,6 +426,21 @@ class _Job:
         self.future: Future[Rollouts] = Future()
         self.parts = deque(parts)
         self.finished: list[Rows] = []
+
+
+_engines: weakref.WeakSet[TransformersEngine] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Let every engine finish the step it is in: a thread killed inside torch takes the process down with it."""
+    engines = list(_engines)
+    for engine in engines:
+        with engine._wake:
+            engine._closed = True
+            engine._wake.notify()
+    for engine in engines:
+        engine._join(_EXIT_SECONDS)
 
 
 _shared: dict[Any, TransformersEngine] = {}

@@ -1,13 +1,17 @@
-"""Threads that never hold up the interpreter's exit: a small pool for blocking calls and one event loop."""
+"""Threads that never hold up the interpreter's exit for long: a small pool for blocking calls and one event loop."""
 
 from __future__ import annotations
 
 import asyncio
+import atexit
+import time
 from collections import deque
 from collections.abc import Callable
 from threading import Condition, Lock, Thread, current_thread
+from weakref import WeakSet
 
 _LINGER_SECONDS = 10.0
+_EXIT_SECONDS = 2.0  # for jobs under way: a thread that is killed inside torch takes the process down with it
 
 
 class Workers:
@@ -23,6 +27,7 @@ class Workers:
         self._changed = Condition()
         self._live: set[Thread] = set()
         self._idle: set[Thread] = set()
+        _pools.add(self)
 
     def start(self, job: Callable[[], None]) -> None:
         """Run a job, which must not raise, as soon as a thread is free."""
@@ -35,6 +40,14 @@ class Workers:
         with self._changed:
             self._live.discard(thread)
             self._provide()
+
+    def finish(self, deadline: float) -> None:
+        """Drop the waiting jobs and wait until the monotonic clock shows ``deadline`` for those under way."""
+        with self._changed:
+            self._jobs.clear()
+            busy = self._live - self._idle
+        for thread in busy:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _provide(self) -> None:
         """Wake or start a thread for the waiting jobs; those that a fork left behind are not alive."""
@@ -63,6 +76,16 @@ class Workers:
                 return self._jobs.popleft()
             self._live.discard(me)
             return None
+
+
+_pools: WeakSet[Workers] = WeakSet()
+
+
+@atexit.register
+def _finish_all() -> None:
+    deadline = time.monotonic() + _EXIT_SECONDS
+    for pool in list(_pools):
+        pool.finish(deadline)
 
 
 _loop_lock = Lock()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 import threading
 import time
 import warnings
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -472,3 +475,19 @@ def test_the_spread_is_the_deviation_of_logits_of_standard_normal_pre_logits(eng
     exact = (weight - weight.mean(0)).square().sum(1).mean().sqrt()
     assert engine.head.spread == pytest.approx(float(exact), rel=0.05)
     assert engine.head.width == 32
+
+
+def test_a_process_that_ends_during_a_search_ends_cleanly():
+    """Daemon threads that are killed inside torch abort the process; the engine finishes its step first."""
+    script = """
+import torch
+from langchain_aisp.engine import TransformersEngine
+from tests import tiny
+engine = TransformersEngine(tiny.model(), tiny.tokenizer())
+engine.submit(tiny.wave(engine.encode([{"role": "user", "content": "hi"}]), 32, 200, min_tokens=200))
+raise SystemExit(3)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == 3, done.stderr
