@@ -39,11 +39,9 @@ class SharedSteering:
 
     Attributes:
         control: [D] float32.
-        strength: [N] float32, a factor for each row of the wave.
     """
 
     control: Tensor
-    strength: Tensor
 
     @property
     def open_loop(self) -> bool:
@@ -52,7 +50,7 @@ class SharedSteering:
 
     def offset(self, rows: Tensor, positions: Tensor, keys: Tensor, hidden: Tensor | None) -> Tensor:
         """Controls [r, D] of some rows; see ``Steering``."""
-        return self.strength[rows, None] * self.control
+        return self.control.expand(len(rows), -1)
 
 
 @dataclass(frozen=True)
@@ -200,7 +198,6 @@ class AISP:
     iterations: int = 8
     population: int = 8
     control_kl: float = 0.0
-    every: int = 1
 
     def __post_init__(self) -> None:
         """Reject settings that leave nothing to search."""
@@ -251,9 +248,7 @@ class AISP:
             prefix[torch.arange(found), position] = token
             cut[:found] = position + 1
         observe: set[Observable] = {"alternatives", "scores"} if self.control_kl > 0 else {"alternatives"}
-        return Wave(
-            problem.prompt, prefix, cut, keys, problem.sampling, self._steering(state, count), frozenset(observe)
-        )
+        return Wave(problem.prompt, prefix, cut, keys, problem.sampling, self._steering(state), frozenset(observe))
 
     def update(self, state: AISPState, wave: Wave, rollouts: Rollouts, rewards: Tensor) -> tuple[AISPState, Info]:
         """Let the wave's responses join the population, and learn a control from their scores."""
@@ -273,10 +268,10 @@ class AISP:
         )
         return after, {"ess": effective_sample_size(weights), "control_kl": self.control_kl}
 
-    def _steering(self, state: AISPState, count: int) -> SharedSteering | None:
+    def _steering(self, state: AISPState) -> SharedSteering | None:
         if self.control_kl == 0 or state.population is None:
             return None
-        return SharedSteering(state.evidence.control(self.control_kl), (torch.arange(count) % self.every == 0).float())
+        return SharedSteering(state.evidence.control(self.control_kl))
 
     def _draw_branches(self, state: AISPState, population: Population, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Parents [n], positions [n] and tokens [n] of the n ≤ count branches drawn."""
