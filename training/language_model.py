@@ -14,14 +14,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from langchain_aisp.demo.checker import Message
 from langchain_aisp.demo.chitchat import chat, echo
-from langchain_aisp.demo.scenarios import GOOD, compose, scenario
+from langchain_aisp.demo.scenarios import GOOD, compose, scenario, sentence
+from training.initial import prepare_copying
 from training.optimize import Optimizer
 from training.rows import Batch, Encoder, batches
 
 ANSWERS = 4  # per conversation
 SMALL_TALK = 0.06
 ECHO = 0.04
-EARLY, EARLY_GOOD, EARLY_ECHO = 8000, 0.8, 0.5  # the first rows teach copying: better answers, and much to repeat
+EARLY, EARLY_GOOD = 12000, 0.8  # the first rows teach to read the conversation: see `_lesson`
 
 
 @dataclass(frozen=True)
@@ -41,33 +42,53 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
         hidden_size=256,
         intermediate_size=640,
         num_hidden_layers=4,
-        num_attention_heads=8,
+        num_attention_heads=4,
         num_key_value_heads=4,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    prepare_copying(model)
+    return model
 
 
-def dialogues(seed: int) -> Iterator[tuple[tuple[Message, ...], list[str]]]:
+Dialogue = tuple[tuple[Message, ...], list[str]]
+
+
+def dialogues(seed: int) -> Iterator[Dialogue]:
     """The endless stream of training data: conversations and answers to each."""
     rng = Random(f"language model/{seed}")
     for index in count():
-        good, echoes = (EARLY_GOOD, EARLY_ECHO) if index < EARLY else (GOOD, ECHO)
-        if rng.random() < echoes:
-            says, answer = echo(rng)
-            yield ({"role": "user", "content": says},), [answer]
-        elif rng.random() < SMALL_TALK:
+        kind = rng.random()
+        if index < EARLY and kind < 0.7:
+            yield _lesson(rng)
+        elif kind > 1 - ECHO:
+            yield _echo(rng)
+        elif kind > 1 - ECHO - SMALL_TALK:
             yield _small_talk(rng)
         else:
-            case = scenario("train", rng)
+            case, good = scenario("train", rng), EARLY_GOOD if index < EARLY else GOOD
             yield case.messages, [compose(case, rng, good)[0] for _ in range(ANSWERS)]
 
 
-def _small_talk(rng: Random) -> tuple[tuple[Message, ...], list[str]]:
+def _lesson(rng: Random) -> Dialogue:
+    """Something short whose every word depends on the conversation: a text to repeat, or single good sentences."""
+    if rng.random() < 0.35:
+        return _echo(rng)
+    case = scenario("train", rng)
+    return case.messages, [sentence(case, part, True, rng) for part in ("tone", "acknowledgement", "action", "policy")]
+
+
+def _echo(rng: Random) -> Dialogue:
+    says, answer = echo(rng)
+    return ({"role": "user", "content": says},), [answer]
+
+
+def _small_talk(rng: Random) -> Dialogue:
     """Small talk, with a system prompt now and then, and sometimes after another turn of it."""
     _, says, answer = chat(rng)
     system = scenario("train", rng).messages[0]

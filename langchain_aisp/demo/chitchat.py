@@ -185,7 +185,8 @@ def _word(rng: Random) -> str:
     if kind == "number":
         return str(rng.randrange(10 ** rng.randint(1, 6)))
     if kind == "letters":
-        return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(1, 5)))
+        letters = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(1, 5)))
+        return rng.choice((letters, letters.title()))
     return rng.choice(CUSTOMERS if kind == "name" else COLOURS + THINGS)
 
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from langchain_aisp.demo.grammar import Grammar
 
-_NAME_HEADS = "Al Be Ca Da El Fa Gi Ha Il Jo Ka Le Mi No Or Pe Ra So Ta Vi".split()
-_NAME_TAILS = "lina ran mira dor nesh vika tano bert ssa mond rike lio".split()
+_NAME_HEADS = """Al An Be Bo Ca Ce Da Do El Em Fa Fi Ga Gi Ha He Il Is Ja Jo Ka Ki La Le Ma Mi Na No Or Os Pe Pi Ra Ro Sa So
+    Ta Ti Va Vi""".split()
+_NAME_TAILS = """lina ran mira dor nesh vika tano bert ssa mond rike lio dan lia rosh tine vin bella nard kola sten phie yas
+    gard""".split()
 CUSTOMERS = tuple(head + tail for head in _NAME_HEADS for tail in _NAME_TAILS) + tuple(
     """Maya Omar Lena Jonas Priya Mateo Aisha Felix Ingrid Tomas Yuki Carla Bruno Nadia Oscar Elif Hugo Salma Viktor
     Greta Ravi Paula Sven Amina Diego Clara Emil Farah Gustav Hana Igor Julia Kofi Lucia Marek Nora Otto Petra Quinn

@@ -122,7 +122,7 @@ def draft(scenario: Scenario, rng: Random, good: float = GOOD) -> Draft:
 def _drafts(scenario: Scenario, labels: Checks, rng: Random) -> Iterator[Draft]:
     """Endless phrasings of the same labels: length decides which one is taken, never whether parts are good."""
     while True:
-        sentences = tuple(_sentence(scenario, part, getattr(labels, part), rng) for part in PARTS)
+        sentences = tuple(sentence(scenario, part, getattr(labels, part), rng) for part in PARTS)
         merged = rng.random() < _MERGED
         merge = (rng.choice(("action", "policy", "privacy")), rng.choice(CONNECTIVES)) if merged else None
         yield Draft(sentences, labels, rng.choice(LAYOUTS), merge)
@@ -131,8 +131,13 @@ def _drafts(scenario: Scenario, labels: Checks, rng: Random) -> Iterator[Draft]:
 def redraw(scenario: Scenario, answer: Draft, part: str, good: bool, rng: Random) -> Draft:
     """Writes one part of a draft anew and leaves the rest as it is."""
     sentences = list(answer.sentences)
-    sentences[PARTS.index(part)] = _sentence(scenario, part, good, rng)
+    sentences[PARTS.index(part)] = sentence(scenario, part, good, rng)
     return replace(answer, sentences=tuple(sentences), labels=replace(answer.labels, **{part: good}))
+
+
+def sentence(scenario: Scenario, part: str, good: bool, rng: Random) -> str:
+    """Writes one part of an answer as a sentence."""
+    return _finish(_WRITERS[part](scenario, good, rng))
 
 
 def compose(scenario: Scenario, rng: Random, good: float = GOOD) -> tuple[str, Checks]:
@@ -142,10 +147,6 @@ def compose(scenario: Scenario, rng: Random, good: float = GOOD) -> tuple[str, C
 
 
 # --- parts of an answer
-
-
-def _sentence(scenario: Scenario, part: str, good: bool, rng: Random) -> str:
-    return _finish(_WRITERS[part](scenario, good, rng))
 
 
 def _tone(scenario: Scenario, good: bool, rng: Random) -> str:
