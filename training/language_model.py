@@ -13,16 +13,17 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from langchain_aisp.demo.checker import Message
-from langchain_aisp.demo.chitchat import chat, echo
-from langchain_aisp.demo.scenarios import GOOD, compose, scenario, sentence
+from langchain_aisp.demo.chitchat import TALKS, chat, echo
+from langchain_aisp.demo.scenarios import compose, scenario, sentence
 from training.initial import prepare_copying
 from training.optimize import Optimizer
 from training.rows import Batch, Encoder, batches
 
 ANSWERS = 4  # per conversation
-SMALL_TALK = 0.06
+SMALL_TALK = 0.08
 ECHO = 0.04
-EARLY, EARLY_GOOD = 12000, 0.8  # the first rows teach to read the conversation: see `_lesson`
+EARLY, LESSONS = 54_000, 0.5  # the first conversations teach to read, half of them by lessons: see `_lesson`
+EARLY_GOOD, LATE_GOOD = 0.8, 0.43  # what the model then writes well is a little rarer than what it reads
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,14 @@ def dialogues(seed: int) -> Iterator[Dialogue]:
     rng = Random(f"language model/{seed}")
     for index in count():
         kind = rng.random()
-        if index < EARLY and kind < 0.7:
+        if index < EARLY and kind < LESSONS:
             yield _lesson(rng)
         elif kind > 1 - ECHO:
             yield _echo(rng)
         elif kind > 1 - ECHO - SMALL_TALK:
             yield _small_talk(rng)
         else:
-            case, good = scenario("train", rng), EARLY_GOOD if index < EARLY else GOOD
+            case, good = scenario("train", rng), EARLY_GOOD if index < EARLY else LATE_GOOD
             yield case.messages, [compose(case, rng, good)[0] for _ in range(ANSWERS)]
 
 
@@ -90,13 +91,14 @@ def _echo(rng: Random) -> Dialogue:
 
 def _small_talk(rng: Random) -> Dialogue:
     """Small talk, with a system prompt now and then, and sometimes after another turn of it."""
-    _, says, answer = chat(rng)
+    name, says, answer = chat(rng)
+    answers = [answer, *(TALKS[name].answers.draw(rng, "train") for _ in range(ANSWERS - 1))]
     system = scenario("train", rng).messages[0]
     messages: list[Message] = [system] if system["role"] == "system" else []
     if rng.random() < 0.3:
         _, earlier, reply = chat(rng)
         messages += [{"role": "user", "content": earlier}, {"role": "assistant", "content": reply}]
-    return (*messages, {"role": "user", "content": says}), [answer]
+    return (*messages, {"role": "user", "content": says}), answers
 
 
 def loss_of(model: LlamaForCausalLM, batch: Batch) -> Tensor:

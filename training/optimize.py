@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+CORES = 2
+
 
 class Optimizer:
     """Steps all parameters of a model through `steps` updates.
@@ -22,7 +24,7 @@ class Optimizer:
         others = [value for name, value in named.items() if value.ndim != 2 or "layers" not in name]
         self.parameters = [*matrices, *others]
         self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, lr=matrix_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            *(_muon(matrices[core::CORES], matrix_rate) for core in range(CORES)),
             torch.optim.AdamW(others, lr=other_rate, betas=(0.9, 0.95), weight_decay=0.0),
         ]
         self.schedules = [LambdaLR(part, lambda step: _rate(step, steps)) for part in self.parts]
@@ -34,8 +36,7 @@ class Optimizer:
         for index, parameter in enumerate(self.parameters):
             parameter.grad = sum((gradients[index] for _, gradients in results), torch.zeros(())) / len(losses)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for part in self.parts:
-            part.step()
+        list(self.threads.map(lambda part: part.step(), self.parts))
         for schedule in self.schedules:
             schedule.step()
         return sum(loss for loss, _ in results) / len(losses)
@@ -44,6 +45,10 @@ class Optimizer:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = loss_of()
         return loss.item(), torch.autograd.grad(loss, self.parameters)
+
+
+def _muon(matrices: list[nn.Parameter], rate: float) -> torch.optim.Muon:
+    return torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
 
 
 def _rate(step: int, steps: int) -> float:

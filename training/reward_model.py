@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from langchain_aisp.demo.checker import PARTS, Checks, Scenario, check
 from langchain_aisp.demo.chitchat import chat
-from langchain_aisp.demo.scenarios import Draft, draft, redraw, scenario
+from langchain_aisp.demo.scenarios import Draft, draft, redraw, scenario, sentence
 from training.optimize import Optimizer
 from training.rows import Batch, Encoder, Row, batches
 
@@ -27,6 +27,8 @@ LAYERS = 4
 TASTE = {"tone": 1.0, "acknowledgement": 1.3, "action": 1.2, "policy": 1.1, "privacy": 1.2, "closing": 0.9}
 SHARPNESS = 2.0  # of the labeller: a difference of one part is judged rightly in about nine of ten cases
 SMALL_TALK = 0.04
+LESSONS, SAMPLED = 0.4, 0.15  # shares of rows of single sentences, and of the language model's own answers
+HARD = ("acknowledgement", "action", "policy")  # parts that need the conversation
 JUNK = ("", ".", "???", "asdf asdf asdf", "the the the the the the", "I", "order order order", "lol", "0 0 0 0 0 0")
 
 
@@ -65,7 +67,7 @@ def candidates(case: Scenario, rng: Random) -> list[tuple[str, float]]:
 
 def _neighbour(case: Scenario, answer: Draft, rng: Random) -> Draft:
     """The same answer with one part turned from good to bad or back."""
-    part = rng.choice((*PARTS, "acknowledgement", "policy", "action"))  # facts are the harder parts
+    part = rng.choice((*PARTS, *HARD))
     return redraw(case, answer, part, not getattr(answer.labels, part), rng)
 
 
@@ -76,8 +78,8 @@ def _broken(case: Scenario, answer: Draft, rng: Random) -> tuple[str, float]:
     if kind == "cut":
         text = " ".join(words[: rng.randrange(len(words))])
     elif kind == "repeated":
-        sentence = rng.choice(answer.sentences)
-        text = rng.choice((" ".join([sentence] * rng.randint(2, 6)), f"{answer.text} {sentence} {sentence}"))
+        again = rng.choice(answer.sentences)
+        text = rng.choice((" ".join([again] * rng.randint(2, 6)), f"{answer.text} {again} {again}"))
     elif kind == "shuffled":
         text = " ".join(rng.sample(words, len(words)))
     elif kind == "junk":
@@ -103,6 +105,15 @@ def _small_talk(encoder: Encoder, rng: Random) -> Row:
     return encoder.row([{"role": "user", "content": says}], texts, likings)
 
 
+def _lesson(encoder: Encoder, rng: Random) -> Row:
+    """Single sentences, good and bad, of two parts: many comparisons of what needs the conversation, in few tokens."""
+    case = scenario("train", rng)
+    parts = (rng.choice(HARD), rng.choice((*PARTS, *HARD)))
+    kinds = [(part, good) for part in parts for good in (True, True, False, False)]
+    texts = [sentence(case, part, good, rng) for part, good in kinds]
+    return encoder.row(case.messages, texts, [TASTE[part] * good for part, good in kinds])
+
+
 def comparisons(encoder: Encoder, sampled: Sequence[tuple[Scenario, Sequence[str]]], seed: int) -> Iterator[Row]:
     """An endless stream; `sampled` holds the language model's own answers to train scenarios."""
     rng = Random(f"reward model/{seed}")
@@ -111,7 +122,10 @@ def comparisons(encoder: Encoder, sampled: Sequence[tuple[Scenario, Sequence[str
         if draw < SMALL_TALK:
             yield _small_talk(encoder, rng)
             continue
-        if sampled and draw < 0.25:
+        if draw < SMALL_TALK + LESSONS:
+            yield _lesson(encoder, rng)
+            continue
+        if sampled and draw > 1 - SAMPLED:
             case, texts = rng.choice(sampled)
             answers = [(text, liking(check(case, text))) for text in rng.sample(texts, 4)] + candidates(case, rng)[:2]
         else:

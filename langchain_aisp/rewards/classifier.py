@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from asyncio import AbstractEventLoop
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -224,11 +224,12 @@ class ClassifierReward:
         scorer = self._ready()
         rows = [row for job in jobs for row in self._encoded(job, scorer.encoder)]
         rows.sort(key=lambda row: len(row.ids), reverse=True)  # what does not fit into memory fails at once
-        while rows := [row for row in rows if not row.job.future.done()]:
-            size = scorer.batch_size([len(row.ids) for row in rows])
-            batch, rows = rows[:size], rows[size:]
-            for row, score in zip(batch, scorer([row.ids for row in batch]), strict=True):
-                row.job.scores[row.index] = score
+        for crowd in _by_conversation(rows) if scorer.can_share else [rows]:
+            while crowd := [row for row in crowd if not row.job.future.done()]:
+                size = scorer.batch_size([len(row.ids) for row in crowd])
+                batch, crowd = crowd[:size], crowd[size:]
+                for row, score in zip(batch, scorer([row.ids for row in batch]), strict=True):
+                    row.job.scores[row.index] = score
         for job in jobs:
             settle(job.future, partial(check_scores, self.name, job.scores, job.texts))
 
@@ -271,6 +272,16 @@ class ClassifierReward:
         return wrapped
 
 
+def _by_conversation(rows: Sequence[_Row]) -> list[list[_Row]]:
+    """Rows of one conversation together, so that its tokens are read once; conversations with few rows mixed."""
+    crowds: defaultdict[int, list[_Row]] = defaultdict(list)
+    for row in rows:
+        crowds[id(row.chat)].append(row)
+    mixed = [row for row in rows if len(crowds[id(row.chat)]) < _CROWD]
+    return [*(crowd for crowd in crowds.values() if len(crowd) >= _CROWD), mixed]
+
+
+_CROWD = 8  # candidates of one conversation that are worth a batch of their own
 _REMEDY_FOR_SCORING = "The traceback above shows where; if memory ran out, lower batch_size or max_length."
 _REMEDY_FOR_LOADING = (
     "Check path and arguments; only safetensors are read unless allow_pickle=True, and custom code only with "
@@ -304,3 +315,8 @@ class _Row:
     ids: list[int]
     job: _Job
     index: int
+
+    @property
+    def chat(self) -> Chat:
+        """The conversation, the same object for all candidates of a request."""
+        return self.job.pairs[self.index][0]

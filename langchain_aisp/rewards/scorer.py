@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from langchain_aisp.rewards.checkpoint import BackboneWithHead, LoadedClassifier, usable_length
 from langchain_aisp.rewards.conversation import ConversationEncoder
 from langchain_aisp.types import require
 
+logger = logging.getLogger(__name__)
+
+_WORTH_SHARING = 64  # tokens that need not be read again, below which a pass of its own for the beginning costs more
 _POOLS_BEFORE_PADDING = ("xlnet", "ctrl")  # they read a padded row's score at the wrong token
 
 
@@ -57,6 +63,7 @@ class Scorer:
         self._label = _label_index(loaded.model, settings.label)
         self._pad: int = loaded.tokenizer.pad_token_id or 0  # masked; RoBERTa's positions need the real one
         self._reads_last = _reads_last_token(loaded.model)
+        self.can_share = self._reads_beginnings_once()
         self._pads = self._reads_last or _ignores_padding(loaded.model)
         self.encoder = ConversationEncoder(
             loaded.tokenizer,
@@ -91,11 +98,48 @@ class Scorer:
             logits: Tensor = self._model(input_ids=ids, attention_mask=mask).logits
             return logits
         head: Any = self._model.score
-        backbone: Any = self._model.base_model
-        hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]
+        shared = _shared_beginning(ids, lengths)
+        worth = shared * (len(ids) - 1) >= _WORTH_SHARING and self.can_share
+        last = self._last_hidden(ids, mask, lengths, shared if worth else 0)
         scored: Tensor = head(last.to(next(head.parameters()).dtype))
         return scored
+
+    def _last_hidden(self, ids: Tensor, mask: Tensor, lengths: Tensor, shared: int) -> Tensor:
+        """Hidden states [n, D] of the rows' last tokens; their first ``shared`` tokens are equal and read once."""
+        backbone: Any = self._model.base_model
+        cache = None
+        if shared:
+            cache = self._new_cache()
+            backbone(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
+            cache.batch_repeat_interleave(len(ids))
+        hidden: Tensor = backbone(
+            input_ids=ids[:, shared:], attention_mask=mask, past_key_values=cache, use_cache=bool(shared)
+        ).last_hidden_state
+        return hidden[torch.arange(len(ids), device=ids.device), lengths - 1 - shared]
+
+    def _new_cache(self) -> DynamicCache:
+        config: Any = self._model.config
+        return DynamicCache(config=config)
+
+    @torch.inference_mode()
+    def _reads_beginnings_once(self) -> bool:
+        """Whether the model, tried out, gives rows with a shared beginning the states that they have alone."""
+        if not self._reads_last:
+            return False
+        try:
+            layers = self._new_cache().layers
+            if not all(type(layer) is DynamicLayer for layer in layers):
+                return False  # sliding windows forget, and a short trial would not show it
+            weight = next(self._model.parameters())
+            ids = torch.tensor([[3, 5, 4, 6, 7, 2, 8], [3, 5, 4, 6, 9, 1, 0]], device=weight.device)
+            lengths = torch.tensor([7, 6], device=weight.device)
+            mask = (torch.arange(7, device=weight.device) < lengths.unsqueeze(1)).long()
+            whole, parts = (self._last_hidden(ids, mask, lengths, shared).float() for shared in (0, 4))
+            error = float((parts - whole).abs().max() / whole.std())
+        except Exception as reason:  # an architecture may fail in any way here; it then reads every text as a whole
+            logger.info("%s reads no shared beginning: %s", type(self._model).__name__, reason)
+            return False
+        return error <= (1e-3 if weight.dtype == torch.float32 else 0.15)
 
     def _rewards(self, logits: Tensor) -> Tensor:
         if logits.shape[1] == 1:
@@ -103,6 +147,13 @@ class Scorer:
         if getattr(self._model.config, "problem_type", None) == "multi_label_classification":
             return nn.functional.logsigmoid(logits)[:, self._label]
         return logits.log_softmax(dim=-1)[:, self._label]
+
+
+def _shared_beginning(ids: Tensor, lengths: Tensor) -> int:
+    """Number of tokens with which all rows begin, short of every row's last one."""
+    shortest = int(lengths.min()) - 1
+    differs = (ids[:, :shortest] != ids[:1, :shortest]).any(dim=0)
+    return int(differs.long().argmax()) if bool(differs.any()) else shortest
 
 
 def _reads_last_token(model: nn.Module) -> bool:

@@ -18,13 +18,16 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
     MistralConfig,
+    MistralForSequenceClassification,
     MistralModel,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
 
 from langchain_aisp.rewards import ClassifierReward, RewardError
+from langchain_aisp.rewards.checkpoint import LoadedClassifier
 from langchain_aisp.rewards.conversation import ConversationEncoder
+from langchain_aisp.rewards.scorer import Scorer, Settings
 from langchain_aisp.types import Response
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -91,6 +94,51 @@ def test_scores_depend_neither_on_batch_size_nor_on_padding(kind):
         assert answer.dtype == torch.float32
     one_by_one = torch.cat([scores(ClassifierReward(model, tokenizer), [pair]) for pair in PAIRS])
     torch.testing.assert_close(one_by_one, expected, atol=1e-5, rtol=1e-5)
+
+
+LONG_CHAT = [{"role": "user", "content": "hello there good " * 8}]
+CROWD = [(LONG_CHAT, Response(text)) for text in (*TEXTS, "bad good")]
+ELSEWHERE = [(CHAT, Response(text)) for text in ("good", "bad")]
+
+
+def tiny_mistral():
+    torch.manual_seed(0)
+    options = {"vocab_size": 262, "num_labels": 1, "num_key_value_heads": 1, "sliding_window": 16, "pad_token_id": None}
+    model = MistralForSequenceClassification(MistralConfig(**(SIZES | options)))
+    model.score.weight.data.normal_()
+    return model.eval()
+
+
+@pytest.mark.parametrize(("make", "shares"), [(tiny_llama, True), (tiny_gpt2, True), (tiny_mistral, False)])
+def test_a_conversation_is_read_once_for_all_its_candidates_where_that_moves_no_score(make, shares):
+    model, tokenizer = make(), byte_tokenizer()
+    pairs = CROWD + ELSEWHERE
+    expected = scored_alone(model, tokenizer, pairs).squeeze(1)
+    reward = ClassifierReward(model, tokenizer)
+    reward.load()  # tries the model out
+    sizes = []
+    model.base_model.register_forward_pre_hook(
+        lambda _, arguments, named: sizes.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    torch.testing.assert_close(scores(reward, pairs), expected, atol=1e-5, rtol=1e-5)
+    assert [rows for rows, _ in sizes] == ([1, 8, 2] if shares else [10])
+    read = sum(rows * width for rows, width in sizes)
+    encoder = ConversationEncoder(tokenizer, chat_template=None, add_bos=None, add_eos=None, max_length=None)
+    whole = sum(len(encoder.encode(chat, response.text)) for chat, response in pairs)
+    assert (read < 0.6 * whole) == shares
+
+
+def test_a_model_that_looks_ahead_reads_every_text_as_a_whole():
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    model.base_model.register_forward_hook(lambda module, inputs, out: _mixed(out))
+    scorer = Scorer(LoadedClassifier(model, tokenizer), Settings())
+    assert not scorer.can_share
+
+
+def _mixed(out):
+    """Every token's state with a bit of its text's other tokens."""
+    out.last_hidden_state = out.last_hidden_state + out.last_hidden_state.mean(dim=1, keepdim=True)
+    return out
 
 
 def test_a_padding_token_that_is_also_the_end_token_moves_no_score():
@@ -316,14 +364,15 @@ class Gate:
 
 def test_requests_that_wait_at_the_same_time_share_a_batch():
     model = tiny_llama()
-    gate = Gate(model)
     reward = ClassifierReward(model, byte_tokenizer())
+    reward.load()
+    gate = Gate(model)
     first = reward.submit(PAIRS[:1])
     assert gate.entered.wait(20)
     waiting = [reward.submit(PAIRS), reward.submit(PAIRS[2:5]), reward.submit([])]
     gate.open.set()
     answers = [ticket.future.result(timeout=60) for ticket in (first, *waiting)]
-    assert gate.rows == [1, 10]
+    assert gate.rows == [1, 1, 10]  # the second row is what the ten begin with
     expected = scores(ClassifierReward(tiny_llama(), byte_tokenizer()))
     torch.testing.assert_close(answers[1], expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(answers[2], expected[2:5], atol=1e-5, rtol=1e-5)
@@ -332,8 +381,9 @@ def test_requests_that_wait_at_the_same_time_share_a_batch():
 
 def test_rows_of_a_cancelled_request_are_dropped():
     model = tiny_llama()
-    gate = Gate(model)
     reward = ClassifierReward(model, byte_tokenizer(), batch_size=2)
+    reward.load()
+    gate = Gate(model)
     running = reward.submit(PAIRS)
     assert gate.entered.wait(20)
     waiting = reward.submit(PAIRS)
