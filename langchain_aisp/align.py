@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Generator, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, Required, TypeAlias, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -227,9 +227,9 @@ class Aligned:
         return self.trace[-1].reward_seconds
 
 
-Request: TypeAlias = Wave | Score | Iteration
+Wish: TypeAlias = Wave | Score | Iteration
 Answer: TypeAlias = Rollouts | Tensor | None
-Search: TypeAlias = Generator[Request, Answer, Aligned]
+Search: TypeAlias = Generator[Wish, Answer, Aligned]
 
 
 def search(
@@ -303,16 +303,28 @@ def first_rows(wave: Wave, count: int) -> Wave:
     return replace(wave, prefix=wave.prefix[:count], cut=wave.cut[:count], keys=wave.keys[:count])
 
 
+class Settings(TypedDict, total=False):
+    """How a conversation is answered.
+
+    Attributes:
+        sampling: How tokens are drawn; always needed.
+        seed: The same seed gives the same answer; 0 unless given.
+        budget: When to stop; without one, at the method's last iteration.
+        continue_last: Continue the last message instead of answering it; False unless given.
+    """
+
+    sampling: Required[Sampling]
+    seed: int
+    budget: Budget
+    continue_last: bool
+
+
 def iterate(
     engine: Engine,
     reward: Reward,
     method: Method[Any],
     chat: Chat,
-    *,
-    sampling: Sampling,
-    seed: int = 0,
-    budget: Budget = Budget(),
-    continue_last: bool = False,
+    **settings: Unpack[Settings],
 ) -> Generator[Iteration | Aligned, None, None]:
     """Answer a conversation, telling of every iteration.
 
@@ -323,15 +335,12 @@ def iterate(
         reward: Scores the responses.
         method: The search.
         chat: The conversation to answer.
-        sampling: How tokens are drawn.
-        seed: The same seed gives the same answer.
-        budget: When to stop; without one, at the method's last iteration.
-        continue_last: Continue the last message instead of answering it.
+        settings: ``sampling`` and, if wanted, ``seed``, ``budget`` and ``continue_last``, see ``Settings``.
 
     Yields:
         An ``Iteration`` after each wave and, last, the ``Aligned`` outcome.
     """
-    run = _start(engine, reward, method, chat, sampling, seed, budget, continue_last)
+    run = _start(engine, reward, method, chat, settings)
     step = run.advance(None)
     while not isinstance(step, Aligned):
         answer: Answer = None
@@ -349,17 +358,11 @@ async def aiterate(
     reward: Reward,
     method: Method[Any],
     chat: Chat,
-    *,
-    sampling: Sampling,
-    seed: int = 0,
-    budget: Budget = Budget(),
-    continue_last: bool = False,
+    **settings: Unpack[Settings],
 ) -> AsyncGenerator[Iteration | Aligned, None]:
     """``iterate`` for an event loop, which stays free while others decode, score or compute; see there."""
     loop = asyncio.get_running_loop()
-    run = await loop.run_in_executor(
-        _thinkers, _start, engine, reward, method, chat, sampling, seed, budget, continue_last
-    )
+    run = await loop.run_in_executor(_thinkers, _start, engine, reward, method, chat, settings)
     step = await loop.run_in_executor(_thinkers, run.advance, None)
     while not isinstance(step, Aligned):
         answer: Answer = None
@@ -379,16 +382,10 @@ def align(
     reward: Reward,
     method: Method[Any],
     chat: Chat,
-    *,
-    sampling: Sampling,
-    seed: int = 0,
-    budget: Budget = Budget(),
-    continue_last: bool = False,
+    **settings: Unpack[Settings],
 ) -> Aligned:
     """Answer a conversation; arguments as for ``iterate``."""
-    steps = iterate(
-        engine, reward, method, chat, sampling=sampling, seed=seed, budget=budget, continue_last=continue_last
-    )
+    steps = iterate(engine, reward, method, chat, **settings)
     [aligned] = [step for step in steps if isinstance(step, Aligned)]
     return aligned
 
@@ -398,16 +395,10 @@ async def aalign(
     reward: Reward,
     method: Method[Any],
     chat: Chat,
-    *,
-    sampling: Sampling,
-    seed: int = 0,
-    budget: Budget = Budget(),
-    continue_last: bool = False,
+    **settings: Unpack[Settings],
 ) -> Aligned:
     """Answer a conversation from an event loop; arguments as for ``iterate``."""
-    steps = aiterate(
-        engine, reward, method, chat, sampling=sampling, seed=seed, budget=budget, continue_last=continue_last
-    )
+    steps = aiterate(engine, reward, method, chat, **settings)
     [aligned] = [step async for step in steps if isinstance(step, Aligned)]
     return aligned
 
@@ -426,40 +417,32 @@ class _Run:
     steps: Search
     deadline: float | None
 
-    def advance(self, answer: Answer) -> Request | Aligned:
-        """The search's next request or, last, its outcome."""
+    def advance(self, answer: Answer) -> Wish | Aligned:
+        """The search's next wish or, last, its outcome."""
         try:
             return self.steps.send(answer)
         except StopIteration as end:
             return cast(Aligned, end.value)
 
-    def submit(self, request: Wave | Score, loop: asyncio.AbstractEventLoop | None) -> Ticket[Rollouts | Tensor]:
+    def submit(self, wish: Wave | Score, loop: asyncio.AbstractEventLoop | None) -> Ticket[Rollouts | Tensor]:
         """Start what the search asks for."""
-        if isinstance(request, Wave):
-            return self.engine.submit(request, deadline=self.deadline)
-        return self.reward.submit(request.pairs, loop=loop)
+        if isinstance(wish, Wave):
+            return self.engine.submit(wish, deadline=self.deadline)
+        return self.reward.submit(wish.pairs, loop=loop)
 
 
-def _start(
-    engine: Engine,
-    reward: Reward,
-    method: Method[Any],
-    chat: Chat,
-    sampling: Sampling,
-    seed: int,
-    budget: Budget,
-    continue_last: bool,
-) -> _Run:
+def _start(engine: Engine, reward: Reward, method: Method[Any], chat: Chat, settings: Settings) -> _Run:
     """Set up a search; its clock starts once the prompt is encoded."""
-    prompt = engine.encode(chat, seed=seed, continue_last=continue_last)
+    prompt = engine.encode(chat, seed=settings.get("seed", 0), continue_last=settings.get("continue_last", False))
     start = time.monotonic()
-    steps = search(method, Problem(prompt, sampling, engine.head), budget, start=start)
+    budget = settings.get("budget", Budget())
+    steps = search(method, Problem(prompt, settings["sampling"], engine.head), budget, start=start)
     return _Run(engine, reward, steps, budget.deadline(start))
 
 
 def _rewards(
     chat: Chat, responses: Sequence[Response], known: dict[Hashable, float]
-) -> Generator[Request, Answer, Tensor]:
+) -> Generator[Wish, Answer, Tensor]:
     """Rewards [N] of the responses; asks for those not ``known`` yet, once each, and remembers them."""
     identities = [_identity(response) for response in responses]
     unknown = {

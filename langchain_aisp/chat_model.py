@@ -30,7 +30,7 @@ from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from pydantic import AliasChoices, ConfigDict, Field, SecretStr, field_validator, model_validator
 
-from langchain_aisp.align import Aligned, Budget, Iteration, aiterate, iterate
+from langchain_aisp.align import Aligned, Budget, Iteration, Settings, aiterate, iterate
 from langchain_aisp.demo import LANGUAGE_MODEL_PATH, REWARD_MODEL_PATH
 from langchain_aisp.messages import continues_last, to_chat
 from langchain_aisp.methods import AISP
@@ -77,14 +77,10 @@ class Request:
     budget: Budget
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """The keyword arguments of the search."""
-        return {
-            "sampling": self.sampling,
-            "seed": self.seed,
-            "budget": self.budget,
-            "continue_last": continues_last(self.chat),
-        }
+    def settings(self) -> Settings:
+        """How the search answers."""
+        last = continues_last(self.chat)
+        return Settings(sampling=self.sampling, seed=self.seed, budget=self.budget, continue_last=last)
 
     def iterate(self) -> Generator[Iteration | Aligned]:
         """Run the search; whoever waits is a thread."""
