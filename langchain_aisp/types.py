@@ -172,10 +172,12 @@ class Head:
         width: D, the width of the pre-logits.
         spread: Standard deviation, over the vocabulary, of the logits that standard normal pre-logits give:
             the unit that makes a perturbation's sigma mean the same on every model.
+        vocabulary: V, the number of logits; the tokenizer may know fewer tokens.
     """
 
     width: int
     spread: float
+    vocabulary: int
 
 
 class Ticket(Generic[T_co]):

@@ -81,7 +81,7 @@ class ToyEngine:
     @property
     def head(self) -> Head:
         centred = self.weight - self.weight.mean(dim=0)
-        return Head(self.width, float(centred.square().sum(dim=1).mean().sqrt()))
+        return Head(self.width, float(centred.square().sum(dim=1).mean().sqrt()), len(centred))
 
     def encode(self, chat: Chat, *, seed: int = 0, continue_last: bool = False) -> Prompt:
         text = "\n".join(f"{message['role']}: {message['content']}" for message in chat)

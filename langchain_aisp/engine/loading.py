@@ -117,7 +117,7 @@ def output_head(model: PreTrainedModel) -> nn.Module:
 
 @torch.inference_mode()
 def measure_head(model: PreTrainedModel, head: SteeredHead) -> Head:
-    """Width and spread of the head, seen in the model's own logits, behind whatever scales or caps them.
+    """Width, spread and vocabulary of the head, seen in the model's own logits, behind whatever scales or caps them.
 
     Raises:
         ValueError: The logits do not come from the head's input, once per pass, or depend on later tokens.
@@ -141,7 +141,7 @@ def measure_head(model: PreTrainedModel, head: SteeredHead) -> Head:
         "only models whose logits come from one linear head, called once, can be steered",
     )
     spread = (steered - plain)[:, -1].var(dim=-1, unbiased=False).mean().sqrt()
-    return Head(widths[0], float(spread))
+    return Head(widths[0], float(spread), plain.shape[-1])
 
 
 def _require_causal(model: PreTrainedModel) -> None:

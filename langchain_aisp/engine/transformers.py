@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from langchain_aisp import noise
-from langchain_aisp.engine.cache import choose_cache, decoder_config, input_device
+from langchain_aisp.engine.cache import decoder_config
+from langchain_aisp.engine.choice import choose_cache
 from langchain_aisp.engine.decode import Rows, SteeredHead, Vocabulary, decode_step, split, time_is_up
 from langchain_aisp.engine.loading import context_length, load_model, load_tokenizer, measure_head, output_head
 from langchain_aisp.types import Chat, ContextLengthError, Prompt, Response, Rollouts, Ticket, Wave, require
@@ -40,7 +41,7 @@ class TransformersEngine:
         name: Id or path of the model.
         model: The transformers model; the engine's thread uses it while waves are in flight.
         tokenizer: Its tokenizer.
-        head: Width of the pre-logits and spread of the head.
+        head: Width of the pre-logits, spread of the head and size of its vocabulary.
         context_length: Longest prompt plus answer, in tokens.
         cache: How the model remembers keys and values, see ``engine.cache``.
         max_rows: Most rows that decode at once; halved when memory runs out.
@@ -216,7 +217,7 @@ class TransformersEngine:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _make_vocabulary(self) -> Vocabulary:
-        size = _vocabulary_size(self.model, self._head)
+        size = self.head.vocabulary
         ends = end_tokens(self.model, self.tokenizer)
         forbidden = torch.zeros(size)
         forbidden[len(self.tokenizer) :] = -torch.inf
@@ -468,12 +469,6 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
     for value in configured:
         found.update(value if isinstance(value, list) else [] if value is None else [value])
     return found
-
-
-@torch.inference_mode()
-def _vocabulary_size(model: PreTrainedModel, head: SteeredHead) -> int:
-    ids = torch.tensor([[1]], device=input_device(model))
-    return int(model(input_ids=ids).logits.shape[-1])
 
 
 def _own_template(tokenizer: PreTrainedTokenizerBase, name: str) -> str:

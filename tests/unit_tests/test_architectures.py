@@ -24,7 +24,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from langchain_aisp import noise
-from langchain_aisp.engine.cache import choose_cache
+from langchain_aisp.engine.choice import choose_cache
 from langchain_aisp.engine.loading import context_length
 from langchain_aisp.engine.transformers import TransformersEngine
 from langchain_aisp.sampling import draw

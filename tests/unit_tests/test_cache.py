@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from langchain_aisp.engine import cache as caches
-from langchain_aisp.engine.cache import ExpandedCache, NoCache, SlotCache, choose_cache
+from langchain_aisp.engine import slots
+from langchain_aisp.engine.cache import ExpandedCache, NoCache
+from langchain_aisp.engine.choice import choose_cache
+from langchain_aisp.engine.slots import SlotCache
 from tests.architectures import BY_TITLE, VOCABULARY, build, configuration
 
 PROMPT = [7, 31, 12, 90, 44, 7, 65, 23]
@@ -124,10 +126,10 @@ def test_one_prompt_serves_several_stores_that_know_nothing_of_each_other(title:
 @pytest.mark.parametrize("title", ["Llama", "Gemma 2"])
 def test_buffers_grow_beyond_their_first_columns(title: str, model_of) -> None:
     part = twins(model_of(title), kept=[5, 3, 1, 0, 2])
-    agree([part], steps=caches._COLUMN_BLOCK - 3)
+    agree([part], steps=slots._COLUMN_BLOCK - 3)
     part.select([0, 2, 3])
     agree([part], steps=6)
-    assert next(iter(part.store.buffers.values()))[0].shape[2] == 2 * caches._COLUMN_BLOCK
+    assert next(iter(part.store.buffers.values()))[0].shape[2] == 2 * slots._COLUMN_BLOCK
 
 
 @every_kind
@@ -192,7 +194,7 @@ def test_a_cache_that_is_wrong_is_passed_over_and_the_log_says_so(
     model_of, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "langchain_aisp")
-    monkeypatch.setattr(caches.SlotStore, "_mask", lambda *_: None)
+    monkeypatch.setattr(slots.SlotStore, "_mask", lambda *_: None)
     assert choose_cache(model_of("Llama")).name == "expanded"
     assert "LlamaForCausalLM cannot use slots: its logits are off by" in caplog.text
 

@@ -334,7 +334,7 @@ def test_impossible_settings_of_best_of_n_are_named(arguments: dict[str, Any], n
 def toy_controls(width: int = 3, horizon: int = 2) -> Problem:
     """A problem of which only the controls matter."""
     prompt = Prompt([{"role": "user", "content": ""}], (1,), 42)
-    return Problem(prompt, Sampling(max_tokens=horizon), Head(width, 1.0))
+    return Problem(prompt, Sampling(max_tokens=horizon), Head(width, 1.0, 8))
 
 
 def controls_of(wave: Wave) -> Tensor:
