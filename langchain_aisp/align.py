@@ -10,7 +10,7 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Hashable, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Required, TypeAlias, TypedDict, Unpack, cast
@@ -308,12 +308,14 @@ class Settings(TypedDict, total=False):
 
     Attributes:
         sampling: How tokens are drawn; always needed.
+        tools: Tools that the model is told of, in the form of the OpenAI API; none unless given.
         seed: The same seed gives the same answer; 0 unless given.
         budget: When to stop; without one, at the method's last iteration.
         continue_last: Continue the last message instead of answering it; False unless given.
     """
 
     sampling: Required[Sampling]
+    tools: Sequence[Mapping[str, Any]]
     seed: int
     budget: Budget
     continue_last: bool
@@ -433,7 +435,12 @@ class _Run:
 
 def _start(engine: Engine, reward: Reward, method: Method[Any], chat: Chat, settings: Settings) -> _Run:
     """Set up a search; its clock starts once the prompt is encoded."""
-    prompt = engine.encode(chat, seed=settings.get("seed", 0), continue_last=settings.get("continue_last", False))
+    prompt = engine.encode(
+        chat,
+        tools=settings.get("tools", ()),
+        seed=settings.get("seed", 0),
+        continue_last=settings.get("continue_last", False),
+    )
     start = time.monotonic()
     budget = settings.get("budget", Budget())
     steps = search(method, Problem(prompt, settings["sampling"], engine.head), budget, start=start)
@@ -459,7 +466,7 @@ def _rewards(
 
 def _identity(response: Response) -> Hashable:
     """What makes two responses the same to a reward; tool calls are dicts, so they are compared as text."""
-    tool_calls = json.dumps(response.tool_calls, default=repr)
+    tool_calls = json.dumps([response.tool_calls, response.invalid_tool_calls], default=repr)
     return (response.text, response.finish_reason, response.reasoning, tool_calls)
 
 

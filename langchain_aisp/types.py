@@ -42,6 +42,25 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What a response may say; every candidate of a search obeys it.
+
+    Attributes:
+        source: The grammar in llguidance's dialect of Lark
+            (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md), its start rule named ``start``.
+    """
+
+    source: str
+
+
+class Reader(Protocol):
+    """Turns what a model has written into what it means. A frozen dataclass: its ``repr`` is part of cache keys."""
+
+    def read(self, text: str, finish_reason: FinishReason) -> Response:
+        """Split a decoded answer, control tokens such as ``<tool_call>`` written out, into its parts; never raises."""
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How one token is drawn from the (steered) logits.
 
@@ -52,6 +71,8 @@ class Sampling:
         top_p: Keeps the smallest set of tokens with this probability mass; 1 keeps all.
         top_k: Keeps the k likeliest tokens; 0 keeps all.
         stop: Strings that end a response; they are trimmed from its text.
+        grammar: What a response may say; None for anything. It also decides when the response may end.
+        reader: Takes the response apart; None when all of it is text.
     """
 
     max_tokens: int = 256
@@ -60,6 +81,8 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     stop: tuple[str, ...] = ()
+    grammar: Grammar | None = None
+    reader: Reader | None = None
 
     def __post_init__(self) -> None:
         """Reject values no decoder can follow."""
@@ -125,12 +148,21 @@ class Wave:
 
 @dataclass(frozen=True)
 class Response:
-    """One candidate answer as a person or a reward sees it."""
+    """One candidate answer as a person or a reward sees it.
+
+    Attributes:
+        text: What is said.
+        finish_reason: Why it ended.
+        reasoning: What was thought before.
+        tool_calls: ``{"name": str, "args": dict}`` each.
+        invalid_tool_calls: ``{"name": str | None, "args": str, "error": str}`` each: what was meant as a call.
+    """
 
     text: str
     finish_reason: FinishReason = "stop"
     reasoning: str | None = None
     tool_calls: tuple[Mapping[str, Any], ...] = ()
+    invalid_tool_calls: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -220,8 +252,10 @@ class Engine(Protocol):
     def head(self) -> Head:
         """Width and spread of the model's head."""
 
-    def encode(self, chat: Chat, *, seed: int = 0, continue_last: bool = False) -> Prompt:
-        """Tokenise a conversation with the model's own chat template."""
+    def encode(
+        self, chat: Chat, *, tools: Sequence[Mapping[str, Any]] = (), seed: int = 0, continue_last: bool = False
+    ) -> Prompt:
+        """Tokenise a conversation and the tools at hand with the model's own chat template."""
 
     def submit(self, wave: Wave, *, deadline: float | None = None) -> Ticket[Rollouts]:
         """Start decoding; ``deadline`` is on the clock of ``time.monotonic``, after it rows are cut off."""

@@ -83,7 +83,7 @@ class ToyEngine:
         centred = self.weight - self.weight.mean(dim=0)
         return Head(self.width, float(centred.square().sum(dim=1).mean().sqrt()), len(centred))
 
-    def encode(self, chat: Chat, *, seed: int = 0, continue_last: bool = False) -> Prompt:
+    def encode(self, chat: Chat, *, tools: Any = (), seed: int = 0, continue_last: bool = False) -> Prompt:
         text = "\n".join(f"{message['role']}: {message['content']}" for message in chat)
         ids = tuple(ord(letter) for letter in text) + (() if continue_last else (ord("\n"),))
         return Prompt(chat, ids, request_key(seed, ids))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from langchain_aisp import noise
 from langchain_aisp.engine.cache import Cache
+from langchain_aisp.engine.grammar import Grammars, Matchers
 from langchain_aisp.sampling import draw
 from langchain_aisp.types import FinishReason, Wave
 
@@ -32,11 +33,13 @@ class Vocabulary:
         forbidden: [V] float32, ``-inf`` where a token may never be drawn, else 0.
         ends: [V] bool, True for tokens that end a response.
         decode: Token ids to text, for stop strings.
+        grammars: Grammars as masks over these tokens.
     """
 
     forbidden: Tensor
     ends: Tensor
     decode: Callable[[Sequence[Sequence[int]]], list[str]]
+    grammars: Grammars
 
 
 class SteeredHead:
@@ -121,8 +124,9 @@ class Rows:
         self._end((self.cut > 0) & vocabulary.ends[last.clamp(min=0)], "stop")
         self.live = (self.reason < 0).nonzero().squeeze(1)
         self.store: Any = self._open(cache, prompt) if len(self.live) else None
+        self.matchers = self._open_matchers()
         self.observed = self._room_for_observations()
-        self.error: Exception | None = None  # a steering that raised spoils its own wave, not its neighbours'
+        self.error: Exception | None = None  # a steering or grammar that raised spoils its own wave alone
 
     def __len__(self) -> int:
         """Places held in the batch."""
@@ -150,6 +154,16 @@ class Rows:
         last = stream.gather(1, position[:, None]).squeeze(1)
         return self.store, last, len(self.wave.prompt.ids) - 1 + position
 
+    def forbidden_now(self) -> Tensor | None:
+        """[r, V] bool, tokens that may not be the next one of the live rows; None when all may.
+
+        A grammar says itself when a response may end.
+        """
+        if self.matchers is not None:
+            return ~self.matchers.allowed().to(self.live.device)
+        early = self.position < self.sampling.min_tokens
+        return early[:, None] & self.vocabulary.ends if bool(early.any()) else None
+
     def offset(self, hidden: Tensor) -> Tensor:
         """What the wave's steering adds to the pre-logits [r, D] of the live rows."""
         assert self.steering is not None
@@ -168,6 +182,8 @@ class Rows:
         active = self.reason[self.live] < 0
         live, tokens = self.live[active], tokens[active]
         position = self.length[live]
+        if self.matchers is not None and self.error is None:
+            self._consume(self.matchers, active.nonzero().squeeze(1), tokens)
         if base is not None:
             self._observe(live, position, tokens, base[active], head)
         self.tokens[live, position] = tokens
@@ -179,6 +195,12 @@ class Rows:
             self._end_at_stop_strings(live)
         self._end(self.length >= self.limit, "length")
         self._give_up_places()
+
+    def _consume(self, matchers: Matchers, places: Tensor, tokens: Tensor) -> None:
+        try:
+            matchers.consume(places.tolist(), tokens.tolist())
+        except RuntimeError as error:
+            self.error = error
 
     @torch.inference_mode()
     def cut_off(self) -> None:
@@ -201,6 +223,12 @@ class Rows:
         chains = [tuple(stream[:count]) for stream, count in zip(streams, kept.tolist(), strict=True)]
         longest, parents = maximal_chains(chains)
         return cache.open(prompt, longest, torch.tensor(parents, device=self.live.device), kept)
+
+    def _open_matchers(self) -> Matchers | None:
+        if self.sampling.grammar is None:
+            return None
+        rows = zip(self.tokens[self.live].tolist(), self.position.tolist(), strict=True)
+        return self.vocabulary.grammars.open(self.sampling.grammar, [tokens[:count] for tokens, count in rows])
 
     def _end(self, ended: Tensor, reason: FinishReason) -> None:
         self.reason[ended & (self.reason < 0)] = _REASONS.index(reason)
@@ -226,6 +254,8 @@ class Rows:
             places = active.nonzero().squeeze(1)
             self.live = self.live[places]
             self.store.select(places)
+            if self.matchers is not None:
+                self.matchers.select(places.tolist())
 
     def _room_for_observations(self) -> dict[str, Tensor]:
         rows, length = self.tokens.shape
@@ -289,26 +319,46 @@ def _forward(cache: Cache, head: SteeredHead, batch: Sequence[Rows]) -> None:
     vocabulary = batch[0].vocabulary
     logits = logits + vocabulary.forbidden
     steered, base = logits[:count], logits[count + padding :][:count] if both else logits[:count]
-    early = torch.cat([rows.position < rows.sampling.min_tokens for rows in batch])
-    if bool(early.any()):
-        too_early = early[:, None] & vocabulary.ends
-        steered, base = steered.masked_fill(too_early, -torch.inf), base.masked_fill(too_early, -torch.inf)
+    for rows, here in _places(batch):
+        _forbid(rows, steered[here], base[here])
     tokens = _draw(steered, batch)
     if int(tokens.max()) >= logits.shape[1]:  # what drawing from NaN gives
         message = "the model's logits are not numbers; load it in bfloat16 or float32, float16 overflows easily"
         raise FloatingPointError(message)
+    for rows, here in list(_places(batch)):  # accepting drops rows
+        rows.accept(tokens[here], base[here] if rows.observes_base else None, head)
+
+
+def _places(batch: Sequence[Rows]) -> Iterator[tuple[Rows, slice]]:
+    """Each part with the places of its rows in the batch."""
     first = 0
     for rows in batch:
-        here = slice(first, first := first + len(rows))
-        rows.accept(tokens[here], base[here] if rows.observes_base else None, head)
+        yield rows, slice(first, first := first + len(rows))
+
+
+def _forbid(rows: Rows, *logits: Tensor) -> None:
+    """Set to ``-inf``, in place, what the rows may not say next: an end too soon, or what breaks their grammar."""
+    try:
+        forbidden = rows.forbidden_now()
+    except Exception as error:
+        rows.error = error
+        return
+    if forbidden is None:
+        return
+    if bool((logits[0].isneginf() | forbidden).all(dim=-1).any()):
+        rows.error = ValueError(
+            "the grammar allows nothing here that the model has a token for; control tokens other than ends and "
+            "markers of tools and thoughts are never said"
+        )
+        return
+    for each in logits:
+        each.masked_fill_(forbidden, -torch.inf)
 
 
 def _steer(hidden: Tensor, batch: Sequence[Rows], both: bool) -> Tensor:
     """Add each part's offsets to the head's input [R, 1, D]; with ``both``, the unsteered rows follow."""
     steered = hidden
-    first = 0
-    for rows in batch:
-        here = slice(first, first := first + len(rows))
+    for rows, here in _places(batch):
         if rows.steering is not None:
             if steered is hidden:
                 steered = hidden.clone()

@@ -21,8 +21,20 @@ from langchain_aisp import noise
 from langchain_aisp.engine.cache import decoder_config
 from langchain_aisp.engine.choice import choose_cache
 from langchain_aisp.engine.decode import Rows, SteeredHead, Vocabulary, decode_step, split, time_is_up
+from langchain_aisp.engine.grammar import Grammars
 from langchain_aisp.engine.loading import context_length, load_model, load_tokenizer, measure_head, output_head
-from langchain_aisp.types import Chat, ContextLengthError, Prompt, Response, Rollouts, Ticket, Wave, require
+from langchain_aisp.types import (
+    Chat,
+    ContextLengthError,
+    FinishReason,
+    Prompt,
+    Response,
+    Rollouts,
+    Sampling,
+    Ticket,
+    Wave,
+    require,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -166,11 +178,14 @@ class TransformersEngine:
 
     # -- text and tokens ----------------------------------------------------------------------------------------------
 
-    def encode(self, chat: Chat, *, seed: int = 0, continue_last: bool = False) -> Prompt:
+    def encode(
+        self, chat: Chat, *, tools: Sequence[Mapping[str, Any]] = (), seed: int = 0, continue_last: bool = False
+    ) -> Prompt:
         """Tokenise a conversation; control tokens in its texts stay text.
 
         Args:
             chat: Role/content dicts.
+            tools: Tools that the chat template tells the model of, in the form of the OpenAI API.
             seed: Any integer; with the tokens it makes the request's noise key.
             continue_last: Continue the last message instead of answering it.
 
@@ -178,7 +193,7 @@ class TransformersEngine:
             ContextLengthError: No room is left for an answer.
             ValueError: The chat template refuses the conversation.
         """
-        ids = tuple(self.tokenize(chat, continue_last=continue_last))
+        ids = tuple(self.tokenize(chat, tools=tools, continue_last=continue_last))
         require(len(ids) > 0, "the chat template made no tokens of the conversation; is it empty?")
         if len(ids) >= self.context_length:
             message = (
@@ -188,13 +203,16 @@ class TransformersEngine:
             raise ContextLengthError(message)
         return Prompt(chat, ids, noise.request_key(seed, ids))
 
-    def tokenize(self, chat: Chat, *, continue_last: bool = False) -> list[int]:
+    def tokenize(
+        self, chat: Chat, *, tools: Sequence[Mapping[str, Any]] = (), continue_last: bool = False
+    ) -> list[int]:
         """Token ids of a conversation as the model reads it, however long; see ``encode``."""
         from jinja2 import TemplateError
 
         try:
             ids = self.tokenizer.apply_chat_template(
                 [dict(message) for message in chat],
+                tools=[dict(tool) for tool in tools] or None,
                 chat_template=self.chat_template,
                 add_generation_prompt=not continue_last,
                 continue_final_message=continue_last,
@@ -228,7 +246,8 @@ class TransformersEngine:
         is_end[[token for token in ends if token < size]] = True
         forbidden[is_end] = 0
         device = self.cache.device
-        return Vocabulary(forbidden.to(device), is_end.to(device), self._decode)
+        grammars = Grammars(self.tokenizer, size, is_end.nonzero().flatten().tolist())
+        return Vocabulary(forbidden.to(device), is_end.to(device), self._decode, grammars)
 
     def _decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         return self.tokenizer.batch_decode(
@@ -370,17 +389,29 @@ class TransformersEngine:
         tokens = _gather([rows.tokens for rows in parts], order)
         lengths = _gather([rows.length for rows in parts], order)
         reasons = [reason for rows in parts for reason in rows.finish_reasons()]
-        texts = self._decode([row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)])
-        responses = tuple(
-            Response(_trim(text, job.wave.sampling.stop), reasons[i])
-            for text, i in zip(texts, order.tolist(), strict=True)
-        )
+        written = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+        responses = self._responses(written, [reasons[i] for i in order.tolist()], job.wave.sampling)
         observed = {
             name: _gather([rows.observed[name] for rows in parts], order)
             for name in parts[0].observed
             if all(name in rows.observed for rows in parts)
         }
         return Rollouts(tokens, lengths, responses, sum(rows.sampled_tokens for rows in parts), observed)
+
+    def _responses(
+        self, rows: Sequence[list[int]], reasons: Sequence[FinishReason], sampling: Sampling
+    ) -> tuple[Response, ...]:
+        """What the rows say; a reader gets to see control tokens too."""
+        reader = sampling.reader
+        texts = self._decode(rows) if reader is None else self._decode_all(rows)
+        trimmed = zip([_trim(text, sampling.stop) for text in texts], reasons, strict=True)
+        return tuple(Response(*each) if reader is None else reader.read(*each) for each in trimmed)
+
+    def _decode_all(self, rows: Sequence[list[int]]) -> list[str]:
+        """Texts with control tokens written out, but for the ends."""
+        ends = set(self._vocabulary.ends.nonzero().flatten().tolist())
+        said = [row[:-1] if row and row[-1] in ends else row for row in rows]
+        return self.tokenizer.batch_decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _make_do_with_less(self, error: torch.OutOfMemoryError) -> None:
         """Halve the rows that decode at once and start the rows in flight again: waves are values, nothing is lost."""
