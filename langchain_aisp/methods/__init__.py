@@ -2,6 +2,7 @@
 
 from langchain_aisp.methods.aisp import AISP
 from langchain_aisp.methods.best_of_n import BestOfN
+from langchain_aisp.methods.greedy import Greedy
 from langchain_aisp.methods.published import PublishedAISP
 
-__all__ = ["AISP", "BestOfN", "PublishedAISP"]
+__all__ = ["AISP", "BestOfN", "Greedy", "PublishedAISP"]

@@ -17,6 +17,7 @@ from langchain_aisp.align import Aligned, Budget, Iteration
 from langchain_aisp.methods import published
 from langchain_aisp.methods.aisp import AISP
 from langchain_aisp.methods.best_of_n import BestOfN
+from langchain_aisp.methods.greedy import Greedy
 from langchain_aisp.methods.published import GaussianSteering, PublishedAISP
 from langchain_aisp.methods.weights import (
     complete_first,
@@ -326,6 +327,19 @@ def test_best_of_n_draws_from_the_models_own_distribution() -> None:
 def test_impossible_settings_of_best_of_n_are_named(arguments: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         BestOfN(**arguments)
+
+
+# Greedy
+
+
+def test_greedy_takes_the_likeliest_tokens_and_tells_how_likely_they_are() -> None:
+    [(wave, rollouts)] = waves_of(Greedy())
+    [(_, plain)] = waves_of(BestOfN(samples=1, temperature=0.0))
+    assert rollouts.responses == plain.responses
+    _, info = Greedy().update(Greedy().init(problem(ToyEngine(), SAMPLING)), wave, rollouts, torch.zeros(1))
+    steps = rollouts.observed["base_logprobs"][0, : int(rollouts.lengths[0])]
+    assert math.isclose(info["base_logprob"], float(steps.sum()), rel_tol=1e-6)
+    assert float(steps.max()) < 0
 
 
 # The published form
