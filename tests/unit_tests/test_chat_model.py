@@ -45,14 +45,14 @@ class Engine(ToyEngine):
     continued: list[bool] = field(default_factory=list)
     _closed: bool = False
 
-    def encode(self, chat, *, seed=0, continue_last=False):
-        prompt = super().encode(chat, seed=seed, continue_last=continue_last)
+    def encode(self, chat, *, tools=(), seed=0, continue_last=False):
+        prompt = super().encode(chat, tools=tools, seed=seed, continue_last=continue_last)
         self.continued.append(continue_last)
         if len(prompt.ids) >= self.context_length:
             raise ContextLengthError(f"{len(prompt.ids)} tokens are too many")
         return prompt
 
-    def tokenize(self, chat, *, continue_last=False):
+    def tokenize(self, chat, *, tools=(), continue_last=False):
         return list(super().encode(chat, continue_last=continue_last).ids)
 
     def token_ids(self, text):
