@@ -1,6 +1,6 @@
 """The LangChain chat model: it turns a call into a request, a search's outcome into a message, and nothing else.
 
-Every way of calling it, invoke, batch, stream and their asynchronous twins, runs through ``_stream`` or ``_astream``.
+Every way of calling it, invoke, batch, stream and their asynchronous twins, runs through ``_steps`` or ``_asteps``.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from langchain_core.exceptions import ContextOverflowError, ModelTimeoutError
 from langchain_core.language_models import BaseChatModel, LangSmithParams
 from langchain_core.language_models.chat_models import generate_from_stream
 from langchain_core.language_models.model_profile import ModelProfile
-from langchain_core.messages import AIMessageChunk, BaseMessage
+from langchain_core.messages import AIMessageChunk, BaseMessage, message_chunk_to_message
 from langchain_core.messages.ai import UsageMetadata
-from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from pydantic import AliasChoices, ConfigDict, Field, SecretStr, field_validator, model_validator
 
-from langchain_aisp.align import Aligned, Budget, Iteration, Settings, aiterate, iterate
+from langchain_aisp.align import Aligned, Budget, Candidate, Iteration, Settings, aiterate, iterate
 from langchain_aisp.demo import LANGUAGE_MODEL_PATH, REWARD_MODEL_PATH
 from langchain_aisp.messages import continues_last, to_chat
 from langchain_aisp.methods import AISP
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 DEMO = "demo"
 
 PER_CALL = frozenset(
-    ("budget", "max_tokens", "method", "model", "reward", "seed", "temperature", "timeout", "top_k", "top_p")
+    ("budget", "max_tokens", "method", "model", "n", "reward", "seed", "temperature", "timeout", "top_k", "top_p")
 )
 """Fields that ``invoke`` and its siblings accept for one call, besides ``stop``."""
 
@@ -65,6 +65,7 @@ class Request:
         sampling: How tokens are drawn.
         seed: Fixes the noise.
         budget: What the search may spend.
+        n: How many of the best distinct responses are wanted.
     """
 
     model_name: str
@@ -75,6 +76,7 @@ class Request:
     sampling: Sampling
     seed: int
     budget: Budget
+    n: int
 
     @property
     def settings(self) -> Settings:
@@ -153,6 +155,9 @@ class AISPChatModel(BaseChatModel):
 
     timeout: float | None = Field(default=None, validation_alias=AliasChoices("timeout", "request_timeout"))
     """Seconds after which the best answer so far is returned; the tighter of this and the budget's holds."""
+
+    n: int = 1
+    """Generations per call in ``generate``: the answer and the next best distinct responses, as many as were found."""
 
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
@@ -239,6 +244,7 @@ class AISPChatModel(BaseChatModel):
             "ClassifierReward.from_pretrained(...). "
             "Only model='demo' has its own.",
         )
+        require(self.n >= 1, f"n must be at least 1, got {self.n}")
         _ = self._sampling, self._budget  # they say at once what nobody can follow
         return self
 
@@ -254,7 +260,8 @@ class AISPChatModel(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return generate_from_stream(self._stream(messages, stop, run_manager, **kwargs))
+        request = self._request(messages, stop, kwargs)
+        return _result(request, list(self._steps(request, run_manager)))
 
     async def _agenerate(
         self,
@@ -263,8 +270,9 @@ class AISPChatModel(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        async with aclosing(self._astream(messages, stop, run_manager, **kwargs)) as chunks:
-            return generate_from_stream(iter([chunk async for chunk in chunks]))
+        request = await to_thread(self._request, messages, stop, kwargs)
+        async with aclosing(self._asteps(request, run_manager)) as steps:
+            return _result(request, [step async for step in steps])
 
     def _stream(
         self,
@@ -274,10 +282,8 @@ class AISPChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         request = self._request(messages, stop, kwargs)
-        with _langchain_errors(), closing(request.iterate()) as steps:
+        with closing(self._steps(request, run_manager)) as steps:
             for step in steps:
-                if isinstance(step, Iteration):
-                    report(step, run_manager)
                 yield _chunk(request, step)
 
     async def _astream(
@@ -288,12 +294,28 @@ class AISPChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> AsyncGenerator[ChatGenerationChunk]:
         request = await to_thread(self._request, messages, stop, kwargs)  # the first one loads the weights
+        async with aclosing(self._asteps(request, run_manager)) as steps:
+            async for step in steps:
+                yield _chunk(request, step)
+
+    def _steps(self, request: Request, run_manager: CallbackManagerForLLMRun | None) -> Generator[Iteration | Aligned]:
+        """The search, each iteration told to whoever listens."""
+        with _langchain_errors(), closing(request.iterate()) as steps:
+            for step in steps:
+                if isinstance(step, Iteration):
+                    report(step, run_manager)
+                yield step
+
+    async def _asteps(
+        self, request: Request, run_manager: AsyncCallbackManagerForLLMRun | None
+    ) -> AsyncGenerator[Iteration | Aligned]:
+        """``_steps`` for an event loop."""
         with _langchain_errors():
             async with aclosing(request.aiterate()) as steps:
                 async for step in steps:
                     if isinstance(step, Iteration):
                         await areport(step, run_manager)
-                    yield _chunk(request, step)
+                    yield step
 
     def _request(self, messages: Sequence[BaseMessage], stop: list[str] | None, options: Mapping[str, Any]) -> Request:
         """What one call asks for; loads the weights if nobody has yet."""
@@ -308,6 +330,7 @@ class AISPChatModel(BaseChatModel):
             sampling=model._sampling,
             seed=secrets.randbits(32) if model.seed is None else model.seed,
             budget=model._budget,
+            n=model.n,
         )
 
     def _for_one_call(self, stop: list[str] | None, options: Mapping[str, Any]) -> Self:
@@ -374,6 +397,7 @@ class AISPChatModel(BaseChatModel):
             "sampling": repr(self._sampling),
             "budget": repr(self._budget),
             "seed": self.seed,
+            "n": self.n,
         }
 
     def _get_invocation_params(self, stop: list[str] | None = None, **kwargs: Any) -> dict[str, Any]:
@@ -442,11 +466,19 @@ def _chunk(request: Request, step: Iteration | Aligned) -> ChatGenerationChunk:
     """
     if isinstance(step, Iteration):
         return ChatGenerationChunk(message=AIMessageChunk(content="", response_metadata={"trace": [step.numbers]}))
-    return ChatGenerationChunk(message=_answer(request, step))
+    return ChatGenerationChunk(message=_answer(request, step, step.best))
 
 
-def _answer(request: Request, aligned: Aligned) -> AIMessageChunk:
-    best = aligned.best
+def _result(request: Request, steps: Sequence[Iteration | Aligned]) -> ChatResult:
+    """The answer as its stream would have brought it, and behind it the next best ones that were asked for."""
+    result = generate_from_stream(_chunk(request, step) for step in steps)
+    aligned = steps[-1]
+    assert isinstance(aligned, Aligned)
+    others = [message_chunk_to_message(_answer(request, aligned, other)) for other in aligned.distinct[1 : request.n]]
+    return ChatResult(generations=[*result.generations, *(ChatGeneration(message=message) for message in others)])
+
+
+def _answer(request: Request, aligned: Aligned, best: Candidate) -> AIMessageChunk:
     if best.response.finish_reason == "timeout" and not best.response.text:
         limit = request.budget.seconds
         raise ModelTimeoutError(f"{request.model_name} had no answer within {limit} seconds; give it more time.")

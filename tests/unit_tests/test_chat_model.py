@@ -164,6 +164,19 @@ async def test_the_default_method_answers_too():
     assert timeless(await chat.ainvoke("Hello")) == timeless(answer)
 
 
+@pytest.mark.parametrize("asked", [1, 3, 100])
+async def test_generations_are_the_best_distinct_responses(asked):
+    chat = model(n=asked)
+    [one] = chat.generate([[HumanMessage("Hello")]]).generations
+    [other] = (await chat.agenerate([[HumanMessage("Hello")]])).generations
+    told = [generation.message.response_metadata for generation in one]
+    ranks = [(metadata["finish_reason"] == "stop", metadata["reward"]) for metadata in told]  # cut-off ones come last
+    assert [generation.text for generation in one] == [generation.text for generation in other]
+    assert len({generation.text for generation in one}) == len(one) == min(asked, 6)
+    assert ranks == sorted(ranks, reverse=True)
+    assert one[0].message.content == chat.invoke("Hello").content == model().invoke("Hello", n=2).content
+
+
 def test_another_seed_gives_another_answer():
     assert len({model(seed=seed).invoke("Hello").content for seed in range(4)}) > 1
 
