@@ -59,11 +59,14 @@ async def test_every_way_of_calling_gives_the_same_answer():
     assert [said(answer) for answer in chat.batch([QUESTION, "Hello", QUESTION])][::2] == [expected] * 2
 
 
-async def test_callers_at_the_same_time_get_what_each_gets_alone():
-    chat = model()
-    questions = [f"{QUESTION}, order {number}" for number in range(8)]
+async def test_sixty_four_callers_at_the_same_time_get_what_each_gets_alone():
+    chat = model(method=AISP(samples=4, iterations=2), max_tokens=10)
+    questions = [f"{QUESTION}, order {number}" for number in range(64)]
     together = await asyncio.gather(*(chat.ainvoke(question) for question in questions))
-    assert [said(answer) for answer in together] == [said(chat.invoke(question)) for question in questions]
+    alone = [chat.invoke(question) for question in questions]
+    assert [answer.content for answer in together] == [answer.content for answer in alone]
+    rewards = [[answer.response_metadata["reward"] for answer in answers] for answers in (together, alone)]
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-4)  # requests that score together share batches
 
 
 def test_the_search_ends_no_worse_than_the_plain_samples_it_began_with():
