@@ -22,21 +22,32 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.exceptions import ContextOverflowError, ModelTimeoutError
-from langchain_core.language_models import BaseChatModel, LangSmithParams
+from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
 from langchain_core.language_models.chat_models import generate_from_stream
 from langchain_core.language_models.model_profile import ModelProfile
-from langchain_core.messages import AIMessageChunk, BaseMessage, message_chunk_to_message
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ToolCallChunk, message_chunk_to_message
 from langchain_core.messages.ai import UsageMetadata
+from langchain_core.messages.tool import tool_call_chunk as create_tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable
 from pydantic import AliasChoices, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from langchain_aisp.align import Aligned, Budget, Candidate, Iteration, Settings, aiterate, iterate
+from langchain_aisp.calling import (
+    CALL_OPTIONS,
+    Speech,
+    StructuredMethod,
+    format_tools,
+    judges_calls,
+    plan,
+    structured,
+)
 from langchain_aisp.demo import LANGUAGE_MODEL_PATH, REWARD_MODEL_PATH
 from langchain_aisp.messages import continues_last, to_chat
-from langchain_aisp.methods import AISP
+from langchain_aisp.methods import AISP, Greedy
 from langchain_aisp.progress import areport, report
 from langchain_aisp.rewards import ClassifierReward, as_reward
-from langchain_aisp.types import Chat, ContextLengthError, Engine, Method, Reward, Sampling, require
+from langchain_aisp.types import Chat, ContextLengthError, Engine, Method, Response, Reward, Sampling, require
 
 if TYPE_CHECKING:
     from langchain_aisp.engine import TransformersEngine
@@ -61,7 +72,7 @@ class Request:
         engine: Decodes.
         reward: Scores.
         method: Searches.
-        chat: What is to be answered.
+        speech: What is to be answered, and what the answer may be.
         sampling: How tokens are drawn.
         seed: Fixes the noise.
         budget: What the search may spend.
@@ -72,7 +83,7 @@ class Request:
     engine: Engine
     reward: Reward
     method: Method[Any]
-    chat: Chat
+    speech: Speech
     sampling: Sampling
     seed: int
     budget: Budget
@@ -81,16 +92,75 @@ class Request:
     @property
     def settings(self) -> Settings:
         """How the search answers."""
-        last = continues_last(self.chat)
-        return Settings(sampling=self.sampling, seed=self.seed, budget=self.budget, continue_last=last)
+        return Settings(
+            sampling=replace(self.sampling, grammar=self.speech.grammar, reader=self.speech.reader),
+            tools=self.speech.tools,
+            seed=self.seed,
+            budget=self.budget,
+            continue_last=continues_last(self.speech.chat),
+        )
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the answer may be a call, which the reward cannot judge: then the model says first what it is."""
+        return self.speech.may_call and not judges_calls(self.reward)
+
+    @property
+    def alone(self) -> Request:
+        """The model's own likeliest answer, judged by nobody."""
+        return replace(self, reward=_UNJUDGED, method=Greedy())
+
+    def decided(self, alone: Aligned) -> Request | Aligned:
+        """The model's own answer if that is a call; else the request for the best text."""
+        response = alone.best.response
+        if self.speech.text_only is None or response.tool_calls or response.invalid_tool_calls:
+            return _by_likelihood(alone)
+        return replace(self, speech=replace(self.speech, grammar=self.speech.text_only, may_call=False))
 
     def iterate(self) -> Generator[Iteration | Aligned]:
         """Run the search; whoever waits is a thread."""
-        return iterate(self.engine, self.reward, self.method, self.chat, **self.settings)
+        request: Request | Aligned = self
+        if self.undecided:
+            [*_, found] = self.alone.iterate()
+            assert isinstance(found, Aligned)
+            request = self.decided(found)
+        if isinstance(request, Aligned):
+            yield from request.trace
+            yield request
+        else:
+            yield from iterate(self.engine, self.reward, self.method, request.speech.chat, **request.settings)
 
-    def aiterate(self) -> AsyncGenerator[Iteration | Aligned]:
+    async def aiterate(self) -> AsyncGenerator[Iteration | Aligned]:
         """Run the search; whoever waits is an event loop."""
-        return aiterate(self.engine, self.reward, self.method, self.chat, **self.settings)
+        request: Request | Aligned = self
+        if self.undecided:
+            [*_, found] = [step async for step in self.alone.aiterate()]
+            assert isinstance(found, Aligned)
+            request = self.decided(found)
+        if isinstance(request, Aligned):
+            for now in request.trace:
+                yield now
+            yield request
+        else:
+            search = aiterate(self.engine, self.reward, self.method, request.speech.chat, **request.settings)
+            async with aclosing(search) as steps:
+                async for step in steps:
+                    yield step
+
+
+def _by_likelihood(alone: Aligned) -> Aligned:
+    """The model's own answer with its log-probability for a reward."""
+    [now], [candidate] = alone.trace, alone.candidates
+    logprob = now.info["base_logprob"]
+    trace = (replace(now, best=logprob, mean=logprob),)
+    return replace(alone, candidates=(replace(candidate, reward=logprob),), trace=trace)
+
+
+def _indifferent(chat: Chat, responses: Sequence[Response]) -> list[float]:
+    return [0.0] * len(responses)
+
+
+_UNJUDGED = as_reward(_indifferent, sees="response", name="base log-probability")
 
 
 class AISPChatModel(BaseChatModel):
@@ -253,6 +323,67 @@ class AISPChatModel(BaseChatModel):
         """What the user calls the model."""
         return str(self.engine.name if self.model is None else self.model)
 
+    def bind_tools(
+        self,
+        tools: Sequence[Any],
+        *,
+        tool_choice: Any = None,
+        strict: bool | None = None,
+        parallel_tool_calls: bool | None = None,
+        response_format: Any = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Let the model call tools; every call it makes follows the tool's schema.
+
+        A reward that sees texts only cannot judge a call. Then the model's own likeliest answer decides whether this
+        turn is a call; a call is returned with its log-probability for a reward (``reward_name`` says so), and for a
+        text the search goes on among texts. A reward made by ``as_reward(fn, sees="response")`` judges both.
+
+        Args:
+            tools: Functions, Pydantic classes, LangChain tools or schemas; none unbinds nothing and binds nothing.
+            tool_choice: "auto" (also None), "none" (also False), "any" or "required" (also True), a tool's name, or a
+                dict of the OpenAI or Anthropic API.
+            strict: Accepted; calls follow their schema anyway.
+            parallel_tool_calls: False allows one call per answer.
+            response_format: What an answer that is no call looks like, see ``with_structured_output``.
+            kwargs: Further options of a call, such as ``temperature``.
+        """
+        given = {
+            "tool_choice": tool_choice,
+            "parallel_tool_calls": parallel_tool_calls,
+            "response_format": response_format,
+        }
+        named = {name: value for name, value in given.items() if value is not None}
+        return self.bind(tools=format_tools(tools, strict), **named, **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: Any = None,
+        *,
+        method: StructuredMethod = "json_schema",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        tools: Sequence[Any] | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Answer in the form of a schema; every candidate of the search follows it, and the best one is returned.
+
+        Args:
+            schema: A Pydantic class (version 2 or 1), a TypedDict class or a JSON schema.
+            method: "json_schema" writes the object as the answer's text, "function_calling" as a call of a tool of
+                that name, "json_mode" writes any JSON object.
+            include_raw: Return a dict with ``raw``, ``parsed`` and ``parsing_error`` and do not raise.
+            strict: Accepted; answers follow the schema anyway.
+            tools: Tools that may be called besides.
+            kwargs: Options of a call, such as ``max_tokens``.
+
+        Raises:
+            ValueError: A method or schema that cannot be followed.
+            OutputParserException: At the call: no response was complete within ``max_tokens``.
+        """
+        model = cast(BaseChatModel, self._for_one_call(None, kwargs))
+        return structured(model, schema, method, include_raw, strict, tools)
+
     def _generate(
         self,
         messages: list[BaseMessage],
@@ -321,12 +452,13 @@ class AISPChatModel(BaseChatModel):
         """What one call asks for; loads the weights if nobody has yet."""
         chat = to_chat(messages)
         model = self._for_one_call(stop, options)
+        engine = model._live_engine()
         return Request(
             model_name=model.model_name,
-            engine=model._live_engine(),
+            engine=engine,
             reward=_demo_reward() if model.reward is None else model.reward,
             method=model.method,
-            chat=chat,
+            speech=plan(engine, chat, {name: options[name] for name in options.keys() & CALL_OPTIONS}),
             sampling=model._sampling,
             seed=secrets.randbits(32) if model.seed is None else model.seed,
             budget=model._budget,
@@ -335,9 +467,9 @@ class AISPChatModel(BaseChatModel):
 
     def _for_one_call(self, stop: list[str] | None, options: Mapping[str, Any]) -> Self:
         """This model with the options of one call, which are checked like those of the constructor."""
-        options = {name: value for name, value in options.items() if name not in _LANGCHAINS_OWN}
+        options = {name: value for name, value in options.items() if name not in _LANGCHAINS_OWN | CALL_OPTIONS}
         if unknown := sorted(options.keys() - PER_CALL):
-            possible = ", ".join(sorted(PER_CALL | {"stop"}))
+            possible = ", ".join(sorted(PER_CALL | CALL_OPTIONS | {"stop"}))
             raise TypeError(f"AISPChatModel knows no option {', '.join(unknown)} of a call. Possible are {possible}.")
         if stop is not None:
             options["stop"] = stop
@@ -402,7 +534,8 @@ class AISPChatModel(BaseChatModel):
 
     def _get_invocation_params(self, stop: list[str] | None = None, **kwargs: Any) -> dict[str, Any]:
         """The parameters of one call, its options folded in: a function's ``repr`` would be no key for a cache."""
-        return self._for_one_call(stop, kwargs).asdict()
+        speech = {name: kwargs[name] for name in sorted(kwargs.keys() & CALL_OPTIONS)}
+        return {**self._for_one_call(stop, kwargs).asdict(), **speech}
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         return str(sorted(self._get_invocation_params(stop, **kwargs).items()))
@@ -425,12 +558,12 @@ class AISPChatModel(BaseChatModel):
         A part of a conversation that the template refuses by itself, such as a lone result of a tool, is counted by
         its texts.
         """
-        require(not tools, "Tools cannot be counted, because AISPChatModel does not take tools yet.")
         if not messages:
             return 0
         engine, chat = cast("TransformersEngine", self._live_engine()), to_chat(messages)
+        speech = plan(engine, chat, {"tools": format_tools(tools or (), None)})
         try:
-            return len(engine.tokenize(chat))
+            return len(engine.tokenize(speech.chat, tools=speech.tools))
         except ValueError:
             return sum(engine.count_tokens(turn["content"]) for turn in chat)
 
@@ -482,15 +615,18 @@ def _answer(request: Request, aligned: Aligned, best: Candidate) -> AIMessageChu
     if best.response.finish_reason == "timeout" and not best.response.text:
         limit = request.budget.seconds
         raise ModelTimeoutError(f"{request.model_name} had no answer within {limit} seconds; give it more time.")
-    reasoning = {} if best.response.reasoning is None else {"reasoning_content": best.response.reasoning}
+    response = best.response
+    reasoning = {} if response.reasoning is None else {"reasoning_content": response.reasoning}
     return AIMessageChunk(
-        content=best.response.text,
+        content=response.text,
         additional_kwargs=reasoning,
+        tool_call_chunks=_call_chunks(response),
         response_metadata={
             "model_name": request.model_name,
             "model_provider": "aisp",
-            "finish_reason": best.response.finish_reason,
+            "finish_reason": "tool_calls" if response.tool_calls and response.complete else response.finish_reason,
             "reward": best.reward,
+            "reward_name": _UNJUDGED.name if aligned.method == "greedy" and request.undecided else request.reward.name,
             "method": aligned.method,
             "samples": aligned.samples,
             "sampled_tokens": aligned.sampled_tokens,
@@ -506,6 +642,19 @@ def _answer(request: Request, aligned: Aligned, best: Candidate) -> AIMessageChu
         ),
         chunk_position="last",
     )
+
+
+def _call_chunks(response: Response) -> list[ToolCallChunk]:
+    """The calls of a response; LangChain parses their arguments again, leniently.
+
+    An invalid call's arguments go as a JSON string: so nobody takes half of an object for a whole one.
+    """
+    calls = [(call["name"], json.dumps(call["args"], ensure_ascii=False)) for call in response.tool_calls]
+    calls += [(call["name"], json.dumps(call["args"], ensure_ascii=False)) for call in response.invalid_tool_calls]
+    return [
+        create_tool_call_chunk(name=name, args=args, id=f"call_{uuid.uuid4().hex}", index=index)
+        for index, (name, args) in enumerate(calls)
+    ]
 
 
 @contextmanager
@@ -551,9 +700,9 @@ _ABILITIES: dict[str, Any] = {
     "audio_outputs": False,
     "video_outputs": False,
     "reasoning_output": False,
-    "tool_calling": False,
-    "tool_choice": False,
-    "structured_output": False,
+    "tool_calling": True,
+    "tool_choice": True,
+    "structured_output": True,
     "mid_conversation_system_messages": False,
     "temperature": True,
 }

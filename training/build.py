@@ -66,8 +66,8 @@ def _write_log(record: dict[str, object]) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--language-steps", type=int, default=9000)
-    parser.add_argument("--reward-steps", type=int, default=900)
+    parser.add_argument("--language-steps", type=int, default=6000)
+    parser.add_argument("--reward-steps", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

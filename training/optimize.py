@@ -1,4 +1,4 @@
-"""One optimiser for both models: Muon for matrices, AdamW for the rest, warm-up and linear decay to zero."""
+"""One optimiser for both models: Muon for matrices, AdamW for the rest, warm-up, slow decay and a cool-down."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -52,5 +52,7 @@ def _muon(matrices: list[nn.Parameter], rate: float) -> torch.optim.Muon:
 
 
 def _rate(step: int, steps: int) -> float:
-    """Warm-up over 3 %, then linear to zero."""
-    return min((step + 1) / (0.03 * steps + 1), max(0.0, (steps - step) / steps))
+    """Warm-up over 4.5 %, slow decay from then on, and over the last 7/60 linearly to zero."""
+    cooling = steps * 53 / 60
+    warm, slow = (step + 1) / (0.045 * steps + 1), 1 - min(step, cooling) / (1.5 * steps)
+    return min(warm, slow) * min(1.0, max(0.0, (steps - step) / (steps - cooling)))

@@ -11,6 +11,7 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -225,6 +226,15 @@ class TransformersEngine:
             message = f"the chat template of {self.name} refuses the conversation with the roles {roles}: {error}"
             raise ValueError(message) from error
         return list(ids)
+
+    @cached_property
+    def control_tokens(self) -> Mapping[str, int]:
+        """Tokens that were added to the tokenizer's vocabulary, such as markers of tool calls, and their ids."""
+        return dict(self.tokenizer.get_added_vocab())
+
+    def prompt_end(self, chat: Chat) -> str:
+        """The last few words of the prompt: some templates open a block of thoughts there."""
+        return str(self.tokenizer.decode(self.tokenize(chat)[-16:], skip_special_tokens=False))
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text, no special ones added."""

@@ -576,15 +576,6 @@ async def test_an_error_of_the_reward_reaches_every_caller():
         await chat.ainvoke("Hello")
 
 
-def test_tools_and_structured_output_are_refused_not_ignored():
-    with pytest.raises(NotImplementedError):
-        model().bind_tools([])
-    with pytest.raises(NotImplementedError):
-        model().with_structured_output({"title": "x", "type": "object", "properties": {}})
-    with pytest.raises(TypeError, match="no option tools"):
-        model().invoke("Hello", tools=[{"name": "f"}])
-
-
 # -- caches -----------------------------------------------------------------------------------------------------------
 
 
@@ -752,8 +743,9 @@ def test_tokens_are_counted_by_the_engine():
     assert chat.get_num_tokens_from_messages([]) == 0
     assert chat.get_num_tokens_from_messages([HumanMessage("x" * 95)]) == 102  # longer than the context
     assert model(custom_get_token_ids=lambda text: [1]).get_num_tokens("abc") == 1
-    with pytest.raises(ValueError, match="Tools cannot be counted"):
-        chat.get_num_tokens_from_messages([HumanMessage("Hello")], tools=[{"name": "f"}])
+    without = chat.get_num_tokens_from_messages([HumanMessage("Hello")])
+    tool = {"name": "look_up", "description": "Look up an order.", "parameters": {"type": "object", "properties": {}}}
+    assert chat.get_num_tokens_from_messages([HumanMessage("Hello")], tools=[tool]) > without + 20
 
 
 def test_messages_can_be_trimmed_by_the_models_own_count():
@@ -791,7 +783,8 @@ def test_tracing_parameters_follow_the_call():
 def test_the_profile_tells_what_the_model_can_do():
     profile = model().profile
     assert profile["max_input_tokens"] == 1000
-    assert not profile["tool_calling"]
+    assert profile["tool_calling"]
+    assert profile["structured_output"]
     assert not profile["image_inputs"]
     assert profile["text_outputs"]
 

@@ -1,0 +1,280 @@
+"""Tools and structured output of the chat model, on random weights: whatever such a model says obeys the grammar."""
+
+import json
+from typing import Literal, TypedDict
+
+import pytest
+from langchain_core.exceptions import OutputParserException
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.tools import tool
+from pydantic import BaseModel, Field
+from pydantic.v1 import BaseModel as BaseModelV1
+
+from langchain_aisp import AISP, AISPChatModel, BestOfN, as_reward
+from langchain_aisp.calling import plan
+from langchain_aisp.engine import TransformersEngine
+from tests import matching, tiny
+
+TURNS = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ m.tool_calls if m.tool_calls }}\n{% endfor %}[assistant]"
+)
+TEMPLATES = {
+    "generic": TURNS,
+    "hermes": "{% if tools %}{{ tools | tojson }}<tool_call>{name, arguments}</tool_call>{% endif %}" + TURNS,
+    "llama": '{% if tools %}{{ tools | tojson }}<|start_header_id|>{"name": "parameters": }{% endif %}' + TURNS,
+    "mistral": "{% if tools %}{{ tools | tojson }}[TOOL_CALLS]{% endif %}" + TURNS,
+    "demo": "{% if tools %}{{ tools | tojson }}<|tool_call|>{}<|/tool_call|>{% endif %}" + TURNS,
+}
+METHOD = AISP(samples=8, iterations=2)
+
+
+@tool
+def look_up(order: Literal["17", "23"], urgent: bool) -> str:
+    """Look up an order."""
+    return f"order {order} is on its way"
+
+
+class Refund(BaseModel):
+    """Pay the money back."""
+
+    euros: int = Field(ge=1, le=99)
+
+
+class Verdict(BaseModel):
+    """What is thought of a parcel."""
+
+    mood: Literal["good", "bad"]
+    stars: int = Field(ge=1, le=5)
+
+
+class VerdictV1(BaseModelV1):
+    """What is thought of a parcel."""
+
+    mood: Literal["good", "bad"]
+
+
+class VerdictDict(TypedDict):
+    """What is thought of a parcel."""
+
+    mood: Literal["good", "bad"]
+
+
+def engine_of(family: str) -> TransformersEngine:
+    return TransformersEngine(
+        tiny.model(context=2048, initializer_range=0.1, eos_token_id=0),
+        matching.tokenizer(),
+        chat_template=TEMPLATES[family],
+    )
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def engine(request):
+    engine = engine_of(request.param)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def hermes():
+    engine = engine_of("hermes")
+    yield engine
+    engine.close()
+
+
+def calls_judged(chat, responses):
+    return [float(len(response.tool_calls)) - len(response.text) / 1000 for response in responses]
+
+
+def model(engine, **options):
+    reward = as_reward(lambda chat, texts: [-float(len(text)) for text in texts])
+    return AISPChatModel(**{"engine": engine, "reward": reward, "method": METHOD, "max_tokens": 120, **options})
+
+
+def names(message):
+    return [call["name"] for call in message.tool_calls]
+
+
+@pytest.mark.parametrize("choice", ["any", "required", True])
+@pytest.mark.parametrize("judged", [False, True])
+def test_a_call_that_is_asked_for_is_made_and_follows_its_schema(engine, choice, judged):
+    reward = {"reward": as_reward(calls_judged, sees="response")} if judged else {}
+    bound = model(engine, **reward).bind_tools([look_up, Refund], tool_choice=choice, parallel_tool_calls=False)
+    message = bound.invoke("Where is order 17?")
+    assert names(message)
+    assert set(names(message)) <= {"look_up", "Refund"}
+    for call in message.tool_calls:
+        assert call["id"].startswith("call_")
+        arguments = (look_up.args_schema if call["name"] == "look_up" else Refund).model_validate(call["args"])
+        assert arguments is not None
+    assert message.response_metadata["finish_reason"] == "tool_calls"
+
+
+@pytest.mark.parametrize(
+    "choice",
+    ["Refund", {"type": "function", "function": {"name": "Refund"}}, {"type": "tool", "name": "Refund"}],
+)
+def test_a_tool_that_is_named_is_called_and_no_other(engine, choice):
+    bound = model(engine).bind_tools([look_up, Refund], tool_choice=choice, parallel_tool_calls=False)
+    assert names(bound.invoke("Hello")) == ["Refund"]
+
+
+def test_no_call_is_made_where_none_is_wanted(engine):
+    for choice in ("none", False, {"type": "none"}):
+        message = model(engine, max_tokens=24).bind_tools([look_up], tool_choice=choice).invoke("Hello")
+        assert not message.tool_calls
+        assert not message.invalid_tool_calls
+        assert message.content
+
+
+def test_a_reward_of_texts_leaves_calls_to_the_model_and_says_so(hermes):
+    message = model(hermes).bind_tools([look_up], tool_choice="any").invoke("Hello")
+    assert message.response_metadata["reward_name"] == "base log-probability"
+    assert message.response_metadata["reward"] < 0
+    assert message.response_metadata["samples"] == 1
+
+
+def test_where_the_model_prefers_a_text_the_search_is_among_texts(hermes):
+    chat = model(hermes, max_tokens=12)
+    message = chat.bind_tools([look_up]).invoke("Hello")
+    assert not message.tool_calls
+    assert message.response_metadata["samples"] == 8
+    assert message.response_metadata["reward_name"] != "base log-probability"
+
+
+def test_a_reward_of_responses_judges_calls_and_texts_alike(hermes):
+    seen = []
+
+    def watching(chat, responses):
+        seen.extend(responses)
+        return calls_judged(chat, responses)
+
+    reward = as_reward(watching, sees="response")
+    message = model(hermes, reward=reward).bind_tools([Refund], tool_choice="any").invoke("Hello")
+    assert message.response_metadata["samples"] == 8
+    assert all(1 <= call["args"]["euros"] <= 99 for response in seen for call in response.tool_calls)
+    assert any(response.tool_calls for response in seen)
+
+
+async def test_streams_and_async_calls_bring_the_same_call(hermes):
+    bound = model(hermes).bind_tools([look_up], tool_choice="any", parallel_tool_calls=False)
+    expected = [(call["name"], call["args"]) for call in bound.invoke("Hello").tool_calls]
+    chunks = list(bound.stream("Hello"))
+    merged = chunks[0]
+    for chunk in chunks[1:]:
+        merged += chunk
+    assert [(call["name"], call["args"]) for call in merged.tool_calls] == expected
+    assert sum(len(chunk.tool_call_chunks) for chunk in chunks) == 1
+    message = await bound.ainvoke("Hello")
+    assert [(call["name"], call["args"]) for call in message.tool_calls] == expected
+
+
+def test_a_call_cut_off_is_invalid_in_every_way_of_calling(hermes):
+    bound = model(hermes, max_tokens=30).bind_tools([look_up], tool_choice="any")
+    chunks = list(bound.stream("Hello"))
+    merged = chunks[0]
+    for chunk in chunks[1:]:
+        merged += chunk
+    for message in (bound.invoke("Hello"), merged):
+        assert not message.tool_calls
+        assert len(message.invalid_tool_calls) == 1
+        assert message.response_metadata["finish_reason"] == "length"
+
+
+def test_tools_reach_the_prompt(engine):
+    chat = [{"role": "user", "content": "Hello"}]
+    bound = model(engine).bind_tools([look_up])
+    speech = plan(engine, chat, bound.kwargs)
+    text = engine.tokenizer.decode(engine.tokenize(speech.chat, tools=speech.tools))
+    assert "look_up" in text
+    assert "Look up an order" in text
+    assert model(engine).get_num_tokens_from_messages([HumanMessage("Hello")], [look_up]) == len(
+        engine.tokenize(speech.chat, tools=speech.tools)
+    )
+
+
+def test_a_history_of_calls_and_results_is_rendered(engine):
+    history = [
+        SystemMessage("Be kind."),
+        HumanMessage("Where is 17?"),
+        AIMessage("", tool_calls=[{"name": "look_up", "args": {"order": "17", "urgent": True}, "id": "a"}]),
+        ToolMessage("no such order", tool_call_id="a", status="error"),
+    ]
+    chat = model(engine, max_tokens=8)
+    assert chat.bind_tools([look_up], tool_choice="none").invoke(history).content
+    assert chat.invoke(history).content
+    speech = plan(engine, chat._request(history, None, {}).speech.chat, {})
+    text = engine.tokenizer.decode(engine.tokenize(speech.chat))
+    assert "look_up" in text
+    assert "Error: no such order" in text
+
+
+@pytest.mark.parametrize("schema", [Verdict, VerdictV1, VerdictDict, Verdict.model_json_schema()])
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_structured_output_has_the_form_of_its_schema(hermes, schema, method):
+    answer = model(hermes).with_structured_output(schema, method=method).invoke("Hello")
+    found = answer if isinstance(answer, dict) else answer.dict() if schema is VerdictV1 else answer.model_dump()
+    assert found["mood"] in {"good", "bad"}
+    assert not isinstance(schema, type) or schema is VerdictDict or isinstance(answer, schema)
+
+
+def test_structured_output_works_for_every_family_and_method(engine):
+    for method in (METHOD, BestOfN(4), AISP.published(samples_per_iteration=4, iterations=2)):
+        answer = model(engine, method=method).with_structured_output(Verdict).invoke("Hello")
+        assert 1 <= answer.stars <= 5
+
+
+def test_json_mode_gives_some_object(hermes):
+    grammar = plan(hermes, [{"role": "user", "content": "x"}], {"response_format": {"type": "json_object"}}).grammar
+    assert matching.accepts(grammar, '{"a": [1, {"b": null}]}')
+    assert not matching.accepts(grammar, "[1]")
+    raw = model(hermes, max_tokens=40).with_structured_output(method="json_mode", include_raw=True).invoke("Hello")
+    assert (raw["parsing_error"] is None) == isinstance(raw["parsed"], dict)
+
+
+def test_the_best_of_many_valid_answers_is_returned(hermes):
+    reward = as_reward(lambda chat, texts: [float('"good"' in text) for text in texts])
+    chat = model(hermes, reward=reward, method=BestOfN(32))
+    assert chat.with_structured_output(Verdict).invoke("Hello").mood == "good"
+    opposite = as_reward(lambda chat, texts: [float('"bad"' in text) for text in texts])
+    assert (
+        model(hermes, reward=opposite, method=BestOfN(32)).with_structured_output(Verdict).invoke("Hello").mood == "bad"
+    )
+
+
+def test_an_answer_that_never_ends_in_time_says_what_to_raise(hermes):
+    chain = model(hermes).with_structured_output(Verdict, max_tokens=6)
+    with pytest.raises(OutputParserException, match="Raise max_tokens"):
+        chain.invoke("Hello")
+    raw = model(hermes).with_structured_output(Verdict, include_raw=True, max_tokens=6).invoke("Hello")
+    assert raw["parsed"] is None
+    assert "Raise max_tokens" in str(raw["parsing_error"])
+    assert raw["raw"].response_metadata["finish_reason"] == "length"
+
+
+def test_response_format_as_agents_pass_it(hermes):
+    form = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": Verdict.model_json_schema()}}
+    message = model(hermes).bind_tools([], response_format=form).invoke("Hello")
+    assert Verdict.model_validate(json.loads(message.content))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"tool_choice": "other"}, "Possible are auto, none, any, required, look_up"),
+        ({"response_format": {"type": "xml"}}, "Possible are 'json_schema'"),
+        ({"response_format": {"type": "object", "not": {}}}, "cannot be enforced"),
+    ],
+)
+def test_what_cannot_be_followed_is_explained(hermes, options, told):
+    with pytest.raises(ValueError, match=told):
+        model(hermes).bind_tools([look_up], **options).invoke("Hello")
+
+
+def test_two_tools_of_one_name_are_refused(hermes):
+    with pytest.raises(ValueError, match=r"named \['look_up'\]"):
+        model(hermes).bind_tools([look_up, look_up]).invoke("Hello")
+
+
+def test_an_unknown_method_of_structured_output_is_refused(hermes):
+    with pytest.raises(ValueError, match="json_schema, function_calling, json_mode"):
+        model(hermes).with_structured_output(Verdict, method="magic")
