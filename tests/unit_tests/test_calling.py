@@ -4,6 +4,8 @@ import json
 from typing import Literal, TypedDict
 
 import pytest
+from langchain.agents import create_agent
+from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
 from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
@@ -255,6 +257,30 @@ def test_response_format_as_agents_pass_it(hermes):
     form = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": Verdict.model_json_schema()}}
     message = model(hermes).bind_tools([], response_format=form).invoke("Hello")
     assert Verdict.model_validate(json.loads(message.content))
+
+
+@pytest.mark.parametrize("strategy", [ToolStrategy, ProviderStrategy])
+def test_agents_answer_in_the_form_that_is_asked_for(hermes, strategy):
+    agent = create_agent(model(hermes), tools=[], response_format=strategy(Verdict))
+    answer = agent.invoke({"messages": [HumanMessage("Hello")]})
+    assert isinstance(answer["structured_response"], Verdict)
+
+
+def test_an_agent_runs_the_tools_that_are_called(hermes):
+    once = iter(["any", "none", "none"])
+
+    class Forced(AISPChatModel):
+        """The first turn must be a call, the second a text: random weights would not find out."""
+
+        def bind_tools(self, tools, **options):
+            return super().bind_tools(tools, **{**options, "tool_choice": next(once), "parallel_tool_calls": False})
+
+    chat = Forced(engine=hermes, reward=model(hermes).reward, method=METHOD, max_tokens=120)
+    agent = create_agent(chat, tools=[look_up])
+    messages = agent.invoke({"messages": [HumanMessage("Hello")]})["messages"]
+    assert [message.type for message in messages] == ["human", "ai", "tool", "ai"]
+    assert messages[2].content.startswith("order ")
+    assert messages[2].tool_call_id == messages[1].tool_calls[0]["id"]
 
 
 @pytest.mark.parametrize(
