@@ -161,6 +161,8 @@ class _Call:
                 task = asyncio.run_coroutine_threadsafe(_wait_for(scores), loop or background_loop())
                 self.answer.add_done_callback(lambda _: task.cancel())
                 scores = task.result()
+        except RewardError:
+            raise
         except BaseException as error:  # also SystemExit: it would end this thread and leave the caller waiting
             raise self._failure(error) from error
         return check_scores(self._reward.name, scores, self._texts)
@@ -169,6 +171,8 @@ class _Call:
         self._start_clock(lambda: None)
         try:
             scores = await self._ask()
+        except RewardError:
+            raise
         except Exception as error:
             raise self._failure(error) from error
         return check_scores(self._reward.name, scores, self._texts)
@@ -186,7 +190,7 @@ class _Call:
 
         def expire() -> None:
             problem = f"did not answer within {timeout:g} seconds for {len(self._texts)} responses"
-            fail(self.answer, self._error(problem, "Make it faster, or pass a larger timeout to as_reward."))
+            fail(self.answer, self._error(problem, "Make it faster, or pass a larger timeout."))
             on_expiry()
 
         clock = Timer(timeout, expire)

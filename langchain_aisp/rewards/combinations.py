@@ -1,4 +1,4 @@
-"""Rewards made of rewards: the parts are asked at the same time."""
+"""A weighted sum of rewards, and the joining of what several rewards answer, which every combination uses."""
 
 from __future__ import annotations
 
@@ -48,50 +48,20 @@ class WeightedSum:
         self, pairs: Sequence[tuple[Chat, Response]], *, loop: AbstractEventLoop | None = None
     ) -> Ticket[Tensor]:
         """Ask all parts at once; the result is [len(pairs)] float32, an error that of the first part to fail."""
-        return _submit(self.name, self.rewards, self._add, pairs, loop)
+        return submit_all(self.name, self.rewards, self._add, pairs, loop)
 
     def _add(self, scores: Tensor) -> Tensor:
         return torch.einsum("p,pn->n", torch.tensor(self.weights, dtype=torch.float64), scores)
 
 
-class Minimum:
-    """The lowest of the parts' rewards: a candidate is as good as its weakest side. Bring the parts to one scale.
-
-    Raises:
-        ValueError: Without parts.
-        TypeError: For a part that is no reward and cannot be made one.
-    """
-
-    def __init__(self, parts: Iterable[Any]) -> None:
-        """Take rewards; functions become rewards by ``as_reward``."""
-        self.rewards: tuple[Reward, ...] = tuple(as_reward(reward) for reward in parts)
-        require(len(self.rewards) > 0, "Minimum needs at least one part")
-
-    @property
-    def name(self) -> str:
-        """Names of the parts."""
-        return f"min({', '.join(reward.name for reward in self.rewards)})"
-
-    @property
-    def fingerprint(self) -> str:
-        """From the fingerprints of the parts."""
-        return digest("minimum", *(reward.fingerprint for reward in self.rewards))
-
-    def submit(
-        self, pairs: Sequence[tuple[Chat, Response]], *, loop: AbstractEventLoop | None = None
-    ) -> Ticket[Tensor]:
-        """Ask all parts at once; the result is [len(pairs)] float32, an error that of the first part to fail."""
-        return _submit(self.name, self.rewards, lambda scores: scores.amin(dim=0), pairs, loop)
-
-
-def _submit(
+def submit_all(
     name: str,
     rewards: Sequence[Reward],
     combine: Callable[[Tensor], Tensor],
     pairs: Sequence[tuple[Chat, Response]],
     loop: AbstractEventLoop | None,
 ) -> Ticket[Tensor]:
-    """Ask all parts and combine their scores [P, n] to [n]."""
+    """Ask all parts at once and combine their scores [P, n] to [n]."""
     texts = [response.text for _, response in pairs]
     checks = [partial(check_scores, reward.name, responses=texts) for reward in rewards]
 

@@ -58,7 +58,7 @@ class ConversationEncoder:
         Raises:
             ValueError: If the candidate alone is longer than ``max_length``: it is never cut.
         """
-        messages = [self._guard.neutralised(message) for message in _with_answer(chat, response)]
+        messages = [self._guard.neutralised(message) for message in with_answer(chat, response)]
         ids = self._render(messages)
         while self._too_long(ids) and (shorter := _without_first_turn(messages)) is not None:
             messages, ids = shorter, self._render(shorter)
@@ -159,7 +159,7 @@ def _split(token: str) -> str:
     return f"{token[0]} {token[1:]}" if len(token) > 1 else " "
 
 
-def _with_answer(chat: Chat, response: str) -> Messages:
+def with_answer(chat: Chat, response: str) -> Messages:
     """The conversation and the answer; an answer that had been begun is continued."""
     messages = [dict(message) for message in chat]
     if messages and messages[-1].get("role") == "assistant":
