@@ -84,6 +84,11 @@ def plan(engine: Engine, chat: Chat, options: Mapping[str, Any]) -> Speech:
     told = () if form.instructs else tuple(spec.to_openai() for spec in specs)
     if not specs or choice == "none":
         return Speech(asked, told, _grammar(form, schema), TextReader(form.thoughts) if form.thoughts else None)
+    require(
+        schema is None or bool(form.marker),
+        "This model writes calls as bare JSON, so an answer in JSON could not be told from a call. Ask for one of "
+        "them: leave out response_format or the tools, or let an agent use ToolStrategy",
+    )
     calls = form.grammar(specs, choice=choice, parallel=parallel, text=schema)
     text_only = form.grammar(specs, choice="none", text=schema) if choice == "auto" else None
     return Speech(asked, told, calls, form.reader(specs), text_only, may_call=True)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -38,8 +39,9 @@ def main() -> None:
     judge_recipe = reward_model.Recipe(steps=options.reward_steps, seed=options.seed)
     judge, judge_losses = reward_model.train(writer, tokenizer, list(zip(cases, answers, strict=True)), judge_recipe)
     save(judge, wrap(tokenizer.backend_tokenizer, REWARD_TEMPLATE, "right"), REWARD_MODEL_PATH)
-    minutes = {"wall_minutes": (time.monotonic() - started) / 60, "cpu_minutes": (time.process_time() - cpu) / 60}
-    losses = {"language_losses": writer_losses, "reward_losses": judge_losses}
+    wall, busy = (time.monotonic() - started) / 60, (time.process_time() - cpu) / 60
+    minutes = {"wall_minutes": round(wall, 1), "cpu_minutes": round(busy, 1)}
+    losses = {"language_losses": _rounded(writer_losses), "reward_losses": _rounded(judge_losses)}
     _write_log({**vars(options), **minutes, **losses, "language_rows": rows})
     print(f"done: {minutes}", flush=True)
 
@@ -61,13 +63,17 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
 
 def _write_log(record: dict[str, object]) -> None:
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "build.json").write_text(json.dumps(record, indent=1) + "\n")
+    (RESULTS / "build.json").write_text(json.dumps(record) + "\n")
+
+
+def _rounded(losses: Sequence[float]) -> list[float]:
+    return [round(loss, 4) for loss in losses]
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--language-steps", type=int, default=6000)
-    parser.add_argument("--reward-steps", type=int, default=700)
+    parser.add_argument("--reward-steps", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

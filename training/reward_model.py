@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import combinations
+from itertools import combinations, count
 from random import Random
 
 import torch
@@ -27,8 +27,10 @@ LAYERS = 4
 TASTE = {"tone": 1.0, "acknowledgement": 1.3, "action": 1.2, "policy": 1.1, "privacy": 1.2, "closing": 0.9}
 SHARPNESS = 2.0  # of the labeller: a difference of one part is judged rightly in about nine of ten cases
 SMALL_TALK = 0.04
-LESSONS, SAMPLED = 0.4, 0.15  # shares of rows of single sentences, and of the language model's own answers
+EARLY, EARLY_LESSONS, LESSONS = 9_000, 0.85, 0.3  # the first rows mostly teach to judge single sentences
+SAMPLED = 0.15  # share of rows with the language model's own answers
 HARD = ("acknowledgement", "action", "policy")  # parts that need the conversation
+VERDICTS = 20  # most comparisons of one row that are judged
 JUNK = ("", ".", "???", "asdf asdf asdf", "the the the the the the", "I", "order order order", "lol", "0 0 0 0 0 0")
 
 
@@ -37,7 +39,7 @@ class Recipe:
     """Size of a training run."""
 
     steps: int
-    tokens: int = 3000  # per half step
+    tokens: int = 1500  # per half step
     seed: int = 0
 
 
@@ -106,26 +108,25 @@ def _small_talk(encoder: Encoder, rng: Random) -> Row:
 
 
 def _lesson(encoder: Encoder, rng: Random) -> Row:
-    """Single sentences, good and bad, of two parts: many comparisons of what needs the conversation, in few tokens."""
-    case = scenario("train", rng)
-    parts = (rng.choice(HARD), rng.choice((*PARTS, *HARD)))
-    kinds = [(part, good) for part in parts for good in (True, True, False, False)]
-    texts = [sentence(case, part, good, rng) for part, good in kinds]
-    return encoder.row(case.messages, texts, [TASTE[part] * good for part, good in kinds])
+    """Single sentences of one part, good and bad: many comparisons of what needs the conversation, in few tokens."""
+    case, part = scenario("train", rng), rng.choice(("action", *HARD))  # an action has the most ways to be wrong
+    labels = [True] * 5 + [False] * 9
+    texts = [sentence(case, part, good, rng) for good in labels]
+    return encoder.row(case.messages, texts, [TASTE[part] * good for good in labels])
 
 
 def comparisons(encoder: Encoder, sampled: Sequence[tuple[Scenario, Sequence[str]]], seed: int) -> Iterator[Row]:
     """An endless stream; `sampled` holds the language model's own answers to train scenarios."""
     rng = Random(f"reward model/{seed}")
-    while True:
-        draw = rng.random()
+    for index in count():
+        draw, lessons = rng.random(), EARLY_LESSONS if index < EARLY else LESSONS
         if draw < SMALL_TALK:
             yield _small_talk(encoder, rng)
             continue
-        if draw < SMALL_TALK + LESSONS:
+        if draw < SMALL_TALK + lessons:
             yield _lesson(encoder, rng)
             continue
-        if sampled and draw > 1 - SAMPLED:
+        if sampled and draw > 1 - SAMPLED and index >= EARLY:
             case, texts = rng.choice(sampled)
             answers = [(text, liking(check(case, text))) for text in rng.sample(texts, 4)] + candidates(case, rng)[:2]
         else:
@@ -142,10 +143,14 @@ def loss_of(model: LlamaForSequenceClassification, batch: Batch, verdicts: Seque
 
 
 def _judge(rows: Sequence[Row], rng: Random) -> list[tuple[int, int]]:
-    """The labeller's noisy verdicts on all pairs of answers of each row: (chosen, rejected), counted over the batch."""
+    """The labeller's noisy verdicts on pairs of answers of each row: (chosen, rejected), counted over the batch.
+
+    Of two answers that are equally good in the labeller's eyes none is chosen.
+    """
     verdicts, start = [], 0
     for row in rows:
-        for left, right in combinations(range(len(row.answers)), 2):
+        pairs = [(a, b) for a, b in combinations(range(len(row.answers)), 2) if row.likings[a] != row.likings[b]]
+        for left, right in rng.sample(pairs, min(VERDICTS, len(pairs))):
             prefers_left = rng.random() < _sigmoid(SHARPNESS * (row.likings[left] - row.likings[right]))
             verdicts.append((start + left, start + right) if prefers_left else (start + right, start + left))
         start += len(row.answers)

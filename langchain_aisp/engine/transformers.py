@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 30.0  # the thread leaves after so long without work, so that a forgotten engine frees its memory
 _EXIT_SECONDS = 5.0
-_SPOKEN_MARKERS = re.compile(r"tool|function|python_tag|think|channel|message", re.IGNORECASE)
+_SPOKEN_MARKERS = re.compile(r"tool|function|python_tag|think|channel|message|\[ARGS\]", re.IGNORECASE)
 
 
 class TransformersEngine:

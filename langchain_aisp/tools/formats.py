@@ -263,7 +263,7 @@ def _shows(template: str, signs: Sequence[str], against: Sequence[str]) -> bool:
 def _json_rule(schema: Mapping[str, Any]) -> str:
     """The rule for an answer that is JSON."""
     answer = json_of(schema, PAGE)
-    check(Grammar(f"start: {answer}"))
+    check(Grammar(f"start: {answer}"), "The schema")
     return f"json: {answer}"
 
 

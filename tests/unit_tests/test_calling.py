@@ -15,6 +15,7 @@ from pydantic.v1 import BaseModel as BaseModelV1
 from langchain_aisp import AISP, AISPChatModel, BestOfN, as_reward
 from langchain_aisp.calling import plan
 from langchain_aisp.engine import TransformersEngine
+from langchain_aisp.tools import format_for
 from tests import matching, tiny
 
 TURNS = (
@@ -294,6 +295,22 @@ def test_an_agent_runs_the_tools_that_are_called(hermes):
 def test_what_cannot_be_followed_is_explained(hermes, options, told):
     with pytest.raises(ValueError, match=told):
         model(hermes).bind_tools([look_up], **options).invoke("Hello")
+
+
+def test_tools_may_be_called_or_json_answered(engine):
+    form = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": Verdict.model_json_schema()}}
+    options = model(engine).bind_tools([look_up], response_format=form).kwargs
+    chat = [{"role": "user", "content": "Hello"}]
+    if not format_for(engine.chat_template, engine.control_tokens).marker:
+        with pytest.raises(ValueError, match="could not be told from a call"):
+            plan(engine, chat, options)
+        return
+    speech = plan(engine, chat, options)
+    call = speech.reader.format.write([("look_up", {"order": "17", "urgent": True})])
+    for text, allowed in (('{"mood": "good", "stars": 3}', True), (call, True), ("Hello", False)):
+        assert matching.accepts(speech.grammar, text) == allowed
+    assert speech.reader.read('{"mood": "good", "stars": 3}', "stop").text == '{"mood": "good", "stars": 3}'
+    assert not matching.accepts(speech.text_only, call)
 
 
 def test_two_tools_of_one_name_are_refused(hermes):

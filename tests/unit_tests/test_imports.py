@@ -16,6 +16,7 @@ ALLOWED = {  # part of the package -> the parts (with a dot) and the libraries i
     "methods": RECORDS | {".methods"},
     "engine": RECORDS | {".engine", ".demo", "tokenizers", "transformers"},  # .demo: where the model "demo" lies
     "rewards": RECORDS | {".rewards", "transformers"},
+    "tools": {".types", ".tools"},
     "align": RECORDS,
 }
 
