@@ -6,7 +6,6 @@ Every way of calling it, invoke, batch, stream and their asynchronous twins, run
 from __future__ import annotations
 
 import difflib
-import json
 import secrets
 import uuid
 import warnings
@@ -14,40 +13,36 @@ import weakref
 from asyncio import to_thread
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.exceptions import ContextOverflowError, ModelTimeoutError
+from langchain_core.exceptions import ContextOverflowError
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
-from langchain_core.language_models.chat_models import generate_from_stream
 from langchain_core.language_models.model_profile import ModelProfile
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ToolCallChunk, message_chunk_to_message
-from langchain_core.messages.ai import UsageMetadata
-from langchain_core.messages.tool import tool_call_chunk as create_tool_call_chunk
-from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable
 from pydantic import AliasChoices, ConfigDict, Field, SecretStr, field_validator, model_validator
 
-from langchain_aisp.align import Aligned, Budget, Candidate, Iteration, Settings, aiterate, iterate
+from langchain_aisp.align import Aligned, Budget, Iteration
 from langchain_aisp.calling import (
     CALL_OPTIONS,
-    Speech,
     StructuredMethod,
     format_tools,
-    judges_calls,
     plan,
     structured,
 )
 from langchain_aisp.demo import LANGUAGE_MODEL_PATH, REWARD_MODEL_PATH
-from langchain_aisp.messages import continues_last, to_chat
-from langchain_aisp.methods import AISP, Greedy
+from langchain_aisp.messages import to_chat
+from langchain_aisp.methods import AISP
+from langchain_aisp.profile import ABILITIES, ResolvedProfile, context_length
 from langchain_aisp.progress import areport, report
+from langchain_aisp.request import Request, chunk, result
 from langchain_aisp.rewards import ClassifierReward, as_reward
-from langchain_aisp.types import Chat, ContextLengthError, Engine, Method, Response, Reward, Sampling, require
+from langchain_aisp.types import ContextLengthError, Engine, Reward, Sampling, require
 
 if TYPE_CHECKING:
     from langchain_aisp.engine import TransformersEngine
@@ -61,106 +56,6 @@ PER_CALL = frozenset(
 
 _LANGCHAINS_OWN = frozenset(("stream", "ls_structured_output_format", "structured_output_format"))
 """Arguments by which LangChain speaks to itself."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """Everything that one answer depends on.
-
-    Attributes:
-        model_name: What the user calls the model.
-        engine: Decodes.
-        reward: Scores.
-        method: Searches.
-        speech: What is to be answered, and what the answer may be.
-        sampling: How tokens are drawn.
-        seed: Fixes the noise.
-        budget: What the search may spend.
-        n: How many of the best distinct responses are wanted.
-    """
-
-    model_name: str
-    engine: Engine
-    reward: Reward
-    method: Method[Any]
-    speech: Speech
-    sampling: Sampling
-    seed: int
-    budget: Budget
-    n: int
-
-    @property
-    def settings(self) -> Settings:
-        """How the search answers."""
-        return Settings(
-            sampling=replace(self.sampling, grammar=self.speech.grammar, reader=self.speech.reader),
-            tools=self.speech.tools,
-            seed=self.seed,
-            budget=self.budget,
-            continue_last=continues_last(self.speech.chat),
-        )
-
-    @property
-    def undecided(self) -> bool:
-        """Whether the answer may be a call, which the reward cannot judge: then the model says first what it is."""
-        return self.speech.may_call and not judges_calls(self.reward)
-
-    @property
-    def alone(self) -> Request:
-        """The model's own likeliest answer, judged by nobody."""
-        return replace(self, reward=_UNJUDGED, method=Greedy())
-
-    def decided(self, alone: Aligned) -> Request | Aligned:
-        """The model's own answer if that is a call; else the request for the best text."""
-        response = alone.best.response
-        if self.speech.text_only is None or response.tool_calls or response.invalid_tool_calls:
-            return _by_likelihood(alone)
-        return replace(self, speech=replace(self.speech, grammar=self.speech.text_only, may_call=False))
-
-    def iterate(self) -> Generator[Iteration | Aligned]:
-        """Run the search; whoever waits is a thread."""
-        request: Request | Aligned = self
-        if self.undecided:
-            [*_, found] = self.alone.iterate()
-            assert isinstance(found, Aligned)
-            request = self.decided(found)
-        if isinstance(request, Aligned):
-            yield from request.trace
-            yield request
-        else:
-            yield from iterate(self.engine, self.reward, self.method, request.speech.chat, **request.settings)
-
-    async def aiterate(self) -> AsyncGenerator[Iteration | Aligned]:
-        """Run the search; whoever waits is an event loop."""
-        request: Request | Aligned = self
-        if self.undecided:
-            [*_, found] = [step async for step in self.alone.aiterate()]
-            assert isinstance(found, Aligned)
-            request = self.decided(found)
-        if isinstance(request, Aligned):
-            for now in request.trace:
-                yield now
-            yield request
-        else:
-            search = aiterate(self.engine, self.reward, self.method, request.speech.chat, **request.settings)
-            async with aclosing(search) as steps:
-                async for step in steps:
-                    yield step
-
-
-def _by_likelihood(alone: Aligned) -> Aligned:
-    """The model's own answer with its log-probability for a reward."""
-    [now], [candidate] = alone.trace, alone.candidates
-    logprob = now.info["base_logprob"]
-    trace = (replace(now, best=logprob, mean=logprob),)
-    return replace(alone, candidates=(replace(candidate, reward=logprob),), trace=trace)
-
-
-def _indifferent(chat: Chat, responses: Sequence[Response]) -> list[float]:
-    return [0.0] * len(responses)
-
-
-_UNJUDGED = as_reward(_indifferent, sees="response", name="base log-probability")
 
 
 class AISPChatModel(BaseChatModel):
@@ -273,7 +168,7 @@ class AISPChatModel(BaseChatModel):
     @classmethod
     def _look_up_profile_again(cls, values: dict[str, Any]) -> dict[str, Any]:
         """``configurable_fields`` builds a model from the fields of another, whose profile need not fit."""
-        return {**values, "profile": None} if isinstance(values.get("profile"), _ResolvedProfile) else values
+        return {**values, "profile": None} if isinstance(values.get("profile"), ResolvedProfile) else values
 
     @field_validator("reward")
     @classmethod
@@ -392,7 +287,7 @@ class AISPChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         request = self._request(messages, stop, kwargs)
-        return _result(request, list(self._steps(request, run_manager)))
+        return result(request, list(self._steps(request, run_manager)))
 
     async def _agenerate(
         self,
@@ -403,7 +298,7 @@ class AISPChatModel(BaseChatModel):
     ) -> ChatResult:
         request = await to_thread(self._request, messages, stop, kwargs)
         async with aclosing(self._asteps(request, run_manager)) as steps:
-            return _result(request, [step async for step in steps])
+            return result(request, [step async for step in steps])
 
     def _stream(
         self,
@@ -415,7 +310,7 @@ class AISPChatModel(BaseChatModel):
         request = self._request(messages, stop, kwargs)
         with closing(self._steps(request, run_manager)) as steps:
             for step in steps:
-                yield _chunk(request, step)
+                yield chunk(request, step)
 
     async def _astream(
         self,
@@ -427,7 +322,7 @@ class AISPChatModel(BaseChatModel):
         request = await to_thread(self._request, messages, stop, kwargs)  # the first one loads the weights
         async with aclosing(self._asteps(request, run_manager)) as steps:
             async for step in steps:
-                yield _chunk(request, step)
+                yield chunk(request, step)
 
     def _steps(self, request: Request, run_manager: CallbackManagerForLLMRun | None) -> Generator[Iteration | Aligned]:
         """The search, each iteration told to whoever listens."""
@@ -571,9 +466,9 @@ class AISPChatModel(BaseChatModel):
         if self.engine is not None:
             length = getattr(self.engine, "context_length", None)
         else:
-            length = _context_length(str(LANGUAGE_MODEL_PATH) if self.model == DEMO else str(self.model), self.revision)
+            length = context_length(str(LANGUAGE_MODEL_PATH) if self.model == DEMO else str(self.model), self.revision)
         limits = {} if length is None else {"max_input_tokens": length, "max_output_tokens": self.max_tokens}
-        return cast(ModelProfile, _ResolvedProfile(_ABILITIES, name=self.model_name, **limits))
+        return cast(ModelProfile, ResolvedProfile(ABILITIES, name=self.model_name, **limits))
 
     def __getstate__(self) -> dict[Any, Any]:
         """Pickle settings, never weights."""
@@ -589,72 +484,6 @@ class AISPChatModel(BaseChatModel):
         memo = {} if memo is None else memo
         memo.update({id(part): part for part in (self.engine, self.reward)})
         return super().__deepcopy__(memo)
-
-
-def _chunk(request: Request, step: Iteration | Aligned) -> ChatGenerationChunk:
-    """An iteration as an empty chunk with its line of the trace, or the outcome as the chunk with the answer.
-
-    Merged, the chunks of a stream make the message of ``invoke``. LangChain appends lists when it merges, but it
-    concatenates strings and refuses unequal floats: so every other key stands on one chunk only.
-    """
-    if isinstance(step, Iteration):
-        return ChatGenerationChunk(message=AIMessageChunk(content="", response_metadata={"trace": [step.numbers]}))
-    return ChatGenerationChunk(message=_answer(request, step, step.best))
-
-
-def _result(request: Request, steps: Sequence[Iteration | Aligned]) -> ChatResult:
-    """The answer as its stream would have brought it, and behind it the next best ones that were asked for."""
-    result = generate_from_stream(_chunk(request, step) for step in steps)
-    aligned = steps[-1]
-    assert isinstance(aligned, Aligned)
-    others = [message_chunk_to_message(_answer(request, aligned, other)) for other in aligned.distinct[1 : request.n]]
-    return ChatResult(generations=[*result.generations, *(ChatGeneration(message=message) for message in others)])
-
-
-def _answer(request: Request, aligned: Aligned, best: Candidate) -> AIMessageChunk:
-    if best.response.finish_reason == "timeout" and not best.response.text:
-        limit = request.budget.seconds
-        raise ModelTimeoutError(f"{request.model_name} had no answer within {limit} seconds; give it more time.")
-    response = best.response
-    reasoning = {} if response.reasoning is None else {"reasoning_content": response.reasoning}
-    return AIMessageChunk(
-        content=response.text,
-        additional_kwargs=reasoning,
-        tool_call_chunks=_call_chunks(response),
-        response_metadata={
-            "model_name": request.model_name,
-            "model_provider": "aisp",
-            "finish_reason": "tool_calls" if response.tool_calls and response.complete else response.finish_reason,
-            "reward": best.reward,
-            "reward_name": _UNJUDGED.name if aligned.method == "greedy" and request.undecided else request.reward.name,
-            "method": aligned.method,
-            "samples": aligned.samples,
-            "sampled_tokens": aligned.sampled_tokens,
-            "reward_calls": aligned.reward_calls,
-            "seconds": aligned.seconds,
-            "stopped": aligned.stopped,
-            "seed": request.seed,
-        },
-        usage_metadata=UsageMetadata(
-            input_tokens=aligned.prompt_tokens,
-            output_tokens=len(best.tokens),
-            total_tokens=aligned.prompt_tokens + len(best.tokens),
-        ),
-        chunk_position="last",
-    )
-
-
-def _call_chunks(response: Response) -> list[ToolCallChunk]:
-    """The calls of a response; LangChain parses their arguments again, leniently.
-
-    An invalid call's arguments go as a JSON string: so nobody takes half of an object for a whole one.
-    """
-    calls = [(call["name"], json.dumps(call["args"], ensure_ascii=False)) for call in response.tool_calls]
-    calls += [(call["name"], json.dumps(call["args"], ensure_ascii=False)) for call in response.invalid_tool_calls]
-    return [
-        create_tool_call_chunk(name=name, args=args, id=f"call_{uuid.uuid4().hex}", index=index)
-        for index, (name, args) in enumerate(calls)
-    ]
 
 
 @contextmanager
@@ -680,47 +509,3 @@ def _engine_identity(engine: Engine) -> str:
         _identities[id(engine)] = uuid.uuid4().hex
         weakref.finalize(engine, _identities.pop, id(engine))
     return _identities[id(engine)]
-
-
-class _ResolvedProfile(dict[str, Any]):
-    """A profile that was looked up rather than given, so that another model does not inherit it."""
-
-
-_ABILITIES: dict[str, Any] = {
-    "text_inputs": True,
-    "image_inputs": False,
-    "image_url_inputs": False,
-    "pdf_inputs": False,
-    "audio_inputs": False,
-    "video_inputs": False,
-    "image_tool_message": False,
-    "pdf_tool_message": False,
-    "text_outputs": True,
-    "image_outputs": False,
-    "audio_outputs": False,
-    "video_outputs": False,
-    "reasoning_output": False,
-    "tool_calling": True,
-    "tool_choice": True,
-    "structured_output": True,
-    "mid_conversation_system_messages": False,
-    "temperature": True,
-}
-
-
-def _context_length(model: str, revision: str | None) -> int | None:
-    """Positions of a model, from its config file, where that is on this machine already."""
-    file = Path(model) / "config.json"
-    if not file.is_file():
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(model, "config.json", revision=revision)
-        if not isinstance(cached, str):
-            return None
-        file = Path(cached)
-    config = json.loads(file.read_text("utf-8"))
-    lengths = [part.get(key) for part in (config, config.get("text_config", {})) for key in _POSITION_FIELDS]
-    return min((length for length in lengths if isinstance(length, int)), default=None)
-
-
-_POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")

@@ -253,8 +253,8 @@ async def test_a_closed_stream_has_closed_its_search_when_it_returns(monkeypatch
 
         return kept
 
-    monkeypatch.setattr("langchain_aisp.chat_model.iterate", keep(iterate))
-    monkeypatch.setattr("langchain_aisp.chat_model.aiterate", keep(aiterate))
+    monkeypatch.setattr("langchain_aisp.request.iterate", keep(iterate))
+    monkeypatch.setattr("langchain_aisp.request.aiterate", keep(aiterate))
     stream, astream = model()._stream([HumanMessage("Hello")]), model()._astream([HumanMessage("Hello")])
     next(stream)
     stream.close()
