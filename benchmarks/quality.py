@@ -2,8 +2,9 @@
 
 Why: a search is worth its name only if it beats plain sampling at equal cost, on prompts that nothing was chosen on,
 and by a measure that nobody optimised. Best-of-N gets its best temperature, chosen on dev prompts at the full budget.
-Every method answers the same test prompts with the same seeds; the gold reward is the demo's exact checker. Runs are
-kept one by one, so a run that was stopped goes on where it was.
+The default AISP runs at the same one, so that its first wave is Best-of-N's, and at 1.0, as a user gets it. Every
+method answers the same test prompts with the same seeds; the gold reward is the demo's exact checker. Runs are kept one
+by one, so a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -28,17 +29,18 @@ from langchain_aisp.methods import PublishedAISP
 from langchain_aisp.types import Method, Sampling
 
 MAX_TOKENS = 80
-TEMPERATURES = (0.5, 0.7, 0.85, 1.0, 1.2)
+TEMPERATURES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2)
 WAVE = 32
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A method on one split of the prompts."""
+    """A method on one split of the prompts, and the temperature of its requests."""
 
     name: str
     split: str
     method: Method[Any]
+    temperature: float = 1.0
 
 
 def best_of_n(samples: int, temperature: float, split: str) -> Arm:
@@ -52,12 +54,14 @@ def dev_arms(samples: int) -> list[Arm]:
 
 
 def test_arms(samples: int, temperature: float) -> list[Arm]:
-    """What is compared on the test prompts."""
+    """What is compared on the test prompts; the third arm is compared with the two before it."""
+    ours = AISP(samples=samples, iterations=samples // WAVE)
     published = PublishedAISP(samples_per_iteration=WAVE, iterations=samples // WAVE)
     return [
         best_of_n(samples, temperature, "test"),
-        best_of_n(WAVE, 1.0, "test"),
-        Arm("aisp", "test", AISP(samples=samples, iterations=samples // WAVE)),
+        best_of_n(WAVE, temperature, "test"),
+        Arm(f"aisp@{temperature}", "test", ours, temperature),
+        *([Arm("aisp@1.0", "test", ours)] if temperature != 1.0 else []),
         Arm("published_aisp", "test", published),
     ]
 
@@ -79,7 +83,8 @@ def run(task: tuple[Arm, int, int]) -> dict[str, Any]:
     arm, index, count = task
     engine, reward = _pair()
     scenario = _prompts(arm.split, count)[index]
-    outcome = align(engine, reward, arm.method, scenario.messages, sampling=Sampling(max_tokens=MAX_TOKENS), seed=index)
+    sampling = Sampling(max_tokens=MAX_TOKENS, temperature=arm.temperature)
+    outcome = align(engine, reward, arm.method, scenario.messages, sampling=sampling, seed=index)
     return {"arm": arm.name, "split": arm.split, "prompt": index, **describe(outcome, scenario)}
 
 
@@ -148,7 +153,7 @@ def checkpoints(arm: Arm, log: Log) -> Iterator[int]:
 
 def compare(arms: Sequence[Arm], count: int, samples: int, log: Log) -> dict[str, Any]:
     """The table: each arm against the first, paired by prompt."""
-    reference, first_wave, *_ = arms
+    reference, first_wave, ours, *_ = arms
     table = {}
     for arm in arms:
         at = max(checkpoints(arm, log))
@@ -163,7 +168,6 @@ def compare(arms: Sequence[Arm], count: int, samples: int, log: Log) -> dict[str
             **{name: log.mean(arm, count, name) for name in ("sampled_tokens", "reward_calls", "seconds")},
         }
     target = table[reference.name]["reward"]["mean"]
-    ours = next(arm for arm in arms if arm.name == "aisp")
     reached = [n for n in checkpoints(ours, log) if sum(log.column(ours, count, n, 0)) / count >= target]
     answers, floors = log.column(ours, count, samples, 0), log.column(first_wave, count, WAVE, 0)
     worse = sum(answer < floor - 1e-5 for answer, floor in zip(answers, floors, strict=True))

@@ -23,11 +23,11 @@ from langchain_aisp.demo.scenarios import Draft, draft, redraw, scenario, senten
 from training.optimize import Optimizer
 from training.rows import Batch, Encoder, Row, batches
 
-LAYERS = 4
+LAYERS = 5  # the language model's own, which foretell a good answer, and one that can compare with what was said
 TASTE = {"tone": 1.0, "acknowledgement": 1.3, "action": 1.2, "policy": 1.1, "privacy": 1.2, "closing": 0.9}
 SHARPNESS = 2.0  # of the labeller: a difference of one part is judged rightly in about nine of ten cases
 SMALL_TALK = 0.04
-EARLY, EARLY_LESSONS, LESSONS = 9_000, 0.85, 0.3  # the first rows mostly teach to judge single sentences
+EARLY, EARLY_LESSONS, LESSONS = 8_000, 0.85, 0.3  # the first rows mostly teach to judge single sentences
 SAMPLED = 0.15  # share of rows with the language model's own answers
 HARD = ("acknowledgement", "action", "policy")  # parts that need the conversation
 VERDICTS = 20  # most comparisons of one row that are judged
@@ -49,12 +49,14 @@ def liking(checks: Checks) -> float:
 
 
 def new_model(language_model: LlamaForCausalLM) -> LlamaForSequenceClassification:
-    """A classifier that starts from the language model's embeddings and first layers."""
+    """A classifier that starts from the language model; further layers and the head start at zero."""
     config = LlamaConfig(**{**language_model.config.to_dict(), "num_hidden_layers": LAYERS, "num_labels": 1})
     config.architectures = ["LlamaForSequenceClassification"]
     model = LlamaForSequenceClassification(config)
-    missing = model.model.load_state_dict(language_model.model.state_dict(), strict=False).missing_keys
-    assert not missing, missing
+    model.model.load_state_dict(language_model.model.state_dict(), strict=False)
+    for layer in model.model.layers[language_model.config.num_hidden_layers :]:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
     torch.nn.init.zeros_(model.score.weight)
     return model
 
@@ -179,7 +181,7 @@ def train(
     """Trains a new reward model; returns it with the loss of every step."""
     encoder, rng = Encoder(tokenizer), Random(recipe.seed)
     model = new_model(language_model)
-    optimizer = Optimizer(model, recipe.steps, matrix_rate=3e-3, other_rate=1.5e-3)
+    optimizer = Optimizer(model, recipe.steps, matrix_rate=2e-3, other_rate=1e-3)
     losses: list[float] = []
     started = time.monotonic()
     stream = batches(comparisons(encoder, sampled, recipe.seed), recipe.tokens, rng)

@@ -191,12 +191,14 @@ class AISP:
         samples: Responses in all, as in ``BestOfN``: equal numbers are equal cost.
         iterations: Waves that share them; more waves adapt more often, and decode fewer rows at once.
         population: M, how many of the best responses may become parents.
+        cooling: Temperature of what follows a branch, as a factor of the request's: the branches bring the variety.
         control_kl: Length of the shared control in nats per token; 0 uses none.
     """
 
     samples: int = 256
     iterations: int = 8
     population: int = 8
+    cooling: float = 0.25
     control_kl: float = 0.0
 
     def __post_init__(self) -> None:
@@ -207,6 +209,7 @@ class AISP:
             f"iterations must be between 1 and samples = {self.samples}, got {self.iterations}",
         )
         require(self.population >= 1, f"population must be at least 1, got {self.population}")
+        require(self.cooling >= 0, f"cooling must not be negative, got {self.cooling}; 1 keeps the temperature")
         require(self.control_kl >= 0, f"control_kl must not be negative, got {self.control_kl}; 0 uses no control")
 
     @staticmethod
@@ -248,7 +251,8 @@ class AISP:
             prefix[torch.arange(found), position] = token
             cut[:found] = position + 1
         observe: set[Observable] = {"alternatives", "scores"} if self.control_kl > 0 else {"alternatives"}
-        return Wave(problem.prompt, prefix, cut, keys, problem.sampling, self._steering(state), frozenset(observe))
+        sampling = problem.sampling if state.population is None else self._cooled(problem.sampling)
+        return Wave(problem.prompt, prefix, cut, keys, sampling, self._steering(state), frozenset(observe))
 
     def update(self, state: AISPState, wave: Wave, rollouts: Rollouts, rewards: Tensor) -> tuple[AISPState, Info]:
         """Let the wave's responses join the population, and learn a control from their scores."""
@@ -267,6 +271,9 @@ class AISP:
             evidence=state.evidence.add(children, written & (positions >= wave.cut[:, None])),
         )
         return after, {"ess": effective_sample_size(weights), "control_kl": self.control_kl}
+
+    def _cooled(self, sampling: Sampling) -> Sampling:
+        return replace(sampling, temperature=sampling.temperature * self.cooling)
 
     def _steering(self, state: AISPState) -> SharedSteering | None:
         if self.control_kl == 0 or state.population is None:
