@@ -126,7 +126,7 @@ def test_no_call_is_made_where_none_is_wanted(engine):
         message = model(engine, max_tokens=24).bind_tools([look_up], tool_choice=choice).invoke("Hello")
         assert not message.tool_calls
         assert not message.invalid_tool_calls
-        assert message.content
+        assert message.content or message.additional_kwargs["reasoning_content"]
 
 
 def test_a_reward_of_texts_leaves_calls_to_the_model_and_says_so(hermes):
@@ -203,8 +203,9 @@ def test_a_history_of_calls_and_results_is_rendered(engine):
         ToolMessage("no such order", tool_call_id="a", status="error"),
     ]
     chat = model(engine, max_tokens=8)
-    assert chat.bind_tools([look_up], tool_choice="none").invoke(history).content
-    assert chat.invoke(history).content
+    for answer in (chat.bind_tools([look_up], tool_choice="none").invoke(history), chat.invoke(history)):
+        assert answer.content or answer.additional_kwargs["reasoning_content"]  # random weights may say </think>
+        assert not answer.tool_calls
     speech = plan(engine, chat._request(history, None, {}).speech.chat, {})
     text = engine.tokenizer.decode(engine.tokenize(speech.chat))
     assert "look_up" in text
