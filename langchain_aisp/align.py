@@ -337,7 +337,7 @@ def iterate(
         reward: Scores the responses.
         method: The search.
         chat: The conversation to answer.
-        settings: ``sampling`` and, if wanted, ``seed``, ``budget`` and ``continue_last``, see ``Settings``.
+        settings: ``sampling`` and, if wanted, ``tools``, ``seed``, ``budget`` and ``continue_last``, see ``Settings``.
 
     Yields:
         An ``Iteration`` after each wave and, last, the ``Aligned`` outcome.

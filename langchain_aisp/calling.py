@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from langchain_core.exceptions import OutputParserException
 from langchain_core.language_models import BaseChatModel
@@ -35,8 +35,8 @@ from langchain_aisp.types import Chat, Engine, Grammar, Reader, Reward, require
 CALL_OPTIONS = frozenset(("parallel_tool_calls", "response_format", "strict", "tool_choice", "tools"))
 """Options of a call that say what an answer may be; ``strict`` is accepted, since every grammar is."""
 
-METHODS = ("json_schema", "function_calling", "json_mode")
 StructuredMethod = Literal["json_schema", "function_calling", "json_mode"]
+METHODS = get_args(StructuredMethod)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def plan(engine: Engine, chat: Chat, options: Mapping[str, Any]) -> Speech:
     Raises:
         ValueError: A tool, a choice or a schema that cannot be followed.
     """
-    form = _format_of(engine, chat, options)
+    form = _format_of(engine, chat)
     specs = tool_specs(options.get("tools") or ())
     schema = _schema_of(options.get("response_format"))
     choice = _choice(options.get("tool_choice"), specs)
@@ -175,7 +175,7 @@ def _is_class(schema: Any) -> bool:
     return isinstance(schema, type) and is_basemodel_subclass(schema)
 
 
-def _format_of(engine: Engine, chat: Chat, options: Mapping[str, Any]) -> ToolFormat:
+def _format_of(engine: Engine, chat: Chat) -> ToolFormat:
     """How the engine's model writes calls and thoughts."""
     form = format_for(getattr(engine, "chat_template", None), getattr(engine, "control_tokens", {}))
     return form.after(cast(Any, engine).prompt_end(chat)) if form.thoughts else form

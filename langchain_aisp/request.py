@@ -182,9 +182,12 @@ def _call_chunks(response: Response) -> list[ToolCallChunk]:
 
     An invalid call's arguments go as a JSON string: so nobody takes half of an object for a whole one.
     """
-    calls = [(call["name"], json.dumps(call["args"], ensure_ascii=False)) for call in response.tool_calls]
-    calls += [(call["name"], json.dumps(call["args"], ensure_ascii=False)) for call in response.invalid_tool_calls]
     return [
-        create_tool_call_chunk(name=name, args=args, id=f"call_{uuid.uuid4().hex}", index=index)
-        for index, (name, args) in enumerate(calls)
+        create_tool_call_chunk(
+            name=call["name"],
+            args=json.dumps(call["args"], ensure_ascii=False),
+            id=f"call_{uuid.uuid4().hex}",
+            index=index,
+        )
+        for index, call in enumerate((*response.tool_calls, *response.invalid_tool_calls))
     ]

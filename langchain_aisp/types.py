@@ -7,11 +7,11 @@ T controlled positions (the horizon), D width of the pre-logits, V vocabulary, K
 from __future__ import annotations
 
 from asyncio import AbstractEventLoop
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ Chat = Sequence[Mapping[str, Any]]
 FinishReason = Literal["stop", "length", "timeout"]
 Observable = Literal["base_logprobs", "alternatives", "scores"]
 
+T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 StateT = TypeVar("StateT")
 
@@ -322,6 +323,28 @@ class Method(Protocol[StateT]):
 
 class ContextLengthError(ValueError):
     """The prompt and the answer that was asked for do not fit into the model's context."""
+
+
+def answered(steps: Generator[Any, Any, T], answer: Callable[[Any], Any]) -> T:
+    """What a generator returns when each thing it asks for is answered; whoever waits is a thread."""
+    reply: Any = None
+    while True:
+        try:
+            wish = steps.send(reply)
+        except StopIteration as end:
+            return cast(T, end.value)
+        reply = answer(wish)
+
+
+async def aanswered(steps: Generator[Any, Any, T], answer: Callable[[Any], Awaitable[Any]]) -> T:
+    """``answered`` for an event loop."""
+    reply: Any = None
+    while True:
+        try:
+            wish = steps.send(reply)
+        except StopIteration as end:
+            return cast(T, end.value)
+        reply = await answer(wish)
 
 
 def require(condition: bool, message: str) -> None:

@@ -17,7 +17,7 @@ from langchain_core.runnables.config import ensure_config, merge_configs
 from langchain_aisp.guard.audit import AuditLog
 from langchain_aisp.guard.checks import Check, Exchange, Verdict
 from langchain_aisp.guard.policies import Ask, Examine, GuardError, HandOver, Policy, Raise, SearchLonger, reasons_of
-from langchain_aisp.types import require
+from langchain_aisp.types import aanswered, answered, require
 
 UNSTREAMED = "nostream"
 """The tag by which LangGraph keeps a model's tokens, here unchecked ones, out of its stream of messages."""
@@ -103,28 +103,22 @@ class Guard:
 
 def drive(guard: Guard, messages: Sequence[BaseMessage], ask: Callable[[Mapping[str, Any]], AIMessage]) -> AIMessage:
     """Run the guard; whoever waits is a thread."""
-    steps = guard.steps(messages)
-    reply: Any = None
-    while True:
-        try:
-            step = steps.send(reply)
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
-        reply = ask(step.settings) if isinstance(step, Ask) else _examine(guard, step.exchange)
+
+    def reply(step: Ask | Examine) -> Any:
+        return ask(step.settings) if isinstance(step, Ask) else _examine(guard, step.exchange)
+
+    return answered(guard.steps(messages), reply)
 
 
 async def adrive(
     guard: Guard, messages: Sequence[BaseMessage], ask: Callable[[Mapping[str, Any]], Awaitable[AIMessage]]
 ) -> AIMessage:
     """Run the guard; whoever waits is an event loop."""
-    steps = guard.steps(messages)
-    reply: Any = None
-    while True:
-        try:
-            step = steps.send(reply)
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
-        reply = await ask(step.settings) if isinstance(step, Ask) else await _aexamine(guard, step.exchange)
+
+    async def reply(step: Ask | Examine) -> Any:
+        return await (ask(step.settings) if isinstance(step, Ask) else _aexamine(guard, step.exchange))
+
+    return await aanswered(guard.steps(messages), reply)
 
 
 class GuardedChatModel(Runnable[LanguageModelInput, AIMessage]):

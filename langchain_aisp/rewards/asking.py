@@ -12,7 +12,7 @@ from torch import Tensor
 
 from langchain_aisp.rewards.callable import CallableReward
 from langchain_aisp.rewards.foreign import is_of_this_process
-from langchain_aisp.types import Chat, Response, Ticket
+from langchain_aisp.types import Chat, Response, Ticket, aanswered, answered
 
 Scoring: TypeAlias = Generator[Any, Any, Sequence[float]]
 """Yields questions, is sent their answers, returns one score per response."""
@@ -63,20 +63,8 @@ class Asking:
         return (self._in_thread if loop is None else self._on_loop).submit(pairs, loop=loop)
 
     def _scores(self, chat: Chat, responses: Sequence[Response]) -> Sequence[float]:
-        scoring, answer = self._scoring(chat, responses), None
-        while True:
-            try:
-                question = scoring.send(answer)
-            except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]
-            answer = self._ask(question)
+        return answered(self._scoring(chat, responses), self._ask)
 
     async def _scores_async(self, chat: Chat, responses: Sequence[Response]) -> Sequence[float]:
         assert self._aask is not None
-        scoring, answer = self._scoring(chat, responses), None
-        while True:
-            try:
-                question = scoring.send(answer)
-            except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]
-            answer = await self._aask(question)
+        return await aanswered(self._scoring(chat, responses), self._aask)

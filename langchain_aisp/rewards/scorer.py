@@ -98,8 +98,8 @@ class Scorer:
             logits: Tensor = self._model(input_ids=ids, attention_mask=mask).logits
             return logits
         head: Any = self._model.score
-        shared = _shared_beginning(ids, lengths)
-        worth = shared * (len(ids) - 1) >= _WORTH_SHARING and self.can_share
+        shared = _shared_beginning(ids, lengths) if self.can_share else 0
+        worth = shared * (len(ids) - 1) >= _WORTH_SHARING
         last = self._last_hidden(ids, mask, lengths, shared if worth else 0)
         scored: Tensor = head(last.to(next(head.parameters()).dtype))
         return scored
