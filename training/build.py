@@ -72,8 +72,8 @@ def _rounded(losses: Sequence[float]) -> list[float]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--language-steps", type=int, default=6000)
-    parser.add_argument("--reward-steps", type=int, default=1400)
+    parser.add_argument("--language-steps", type=int, default=5500)
+    parser.add_argument("--reward-steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

@@ -89,7 +89,7 @@ def losses(models: Models, build: Mapping[str, list[float]]) -> dict[str, float]
     found = {name: statistics.mean(build[f"{name}_losses"][-20:]) for name in ("language", "reward")}
     for split in ("train", "dev", "test"):
         cases = scenarios(split, 64, seed=77)
-        rows = [encoder.row(case.messages, [compose(case, rng)[0] for _ in range(4)]) for case in cases]
+        rows = [encoder.written(case.messages, [compose(case, rng)[0] for _ in range(4)]) for case in cases]
         found[f"language_{split}"] = language_model.loss_of(models.writer, encoder.batch(rows)).item()
     return found
 

@@ -7,6 +7,7 @@ predecessors, at the positions they would have alone, so a row trains exactly wh
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +16,33 @@ from transformers import PreTrainedTokenizerFast
 from langchain_aisp.demo.checker import Message
 
 
+class Read(NamedTuple):
+    """A place where the reward model is read: the last token of an answer or of one of its first sentences."""
+
+    answer: int  # its number in the row
+    token: int  # its number in the answer
+    liking: float
+
+
+class Judged(NamedTuple):
+    """An answer and what the labeller thinks of it, and of its beginnings, by number of characters."""
+
+    text: str
+    likings: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def whole(cls, text: str, liking: float) -> "Judged":
+        """An answer that is judged at its end only."""
+        return cls(text, ((len(text), liking),))
+
+
 @dataclass(frozen=True)
 class Row:
-    """Token ids of a conversation without generation prompt, and of its answers with `<|assistant|>` and `<|end|>`."""
+    """Token ids of a conversation without generation prompt, and of its answers, which begin with `<|assistant|>`."""
 
     prompt: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...]
-    likings: tuple[float, ...] = ()  # per answer, for the reward model
+    reads: tuple[Read, ...] = ()
 
     @property
     def length(self) -> int:
@@ -31,13 +52,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows side by side. B rows, L tokens, E answers in all rows together."""
+    """Rows side by side. B rows, L tokens, E reads in all rows together."""
 
     ids: Tensor  # [B, L] int64
     positions: Tensor  # [B, L] int64
     mask: Tensor  # [B, 1, L, L] bool, true where a token may look
     targets: Tensor  # [B, L] int64, the next token of an answer, -100 elsewhere
-    ends: Tensor  # [E, 2] int64, row and column of each answer's last token
+    reads: Tensor  # [E, 2] int64, row and column of each read
 
 
 class Encoder:
@@ -48,12 +69,23 @@ class Encoder:
         self.tokenizer = tokenizer
         self.start, self.end, self.pad = tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|end|>", "<|pad|>"])
 
-    def row(self, messages: Sequence[Message], answers: Sequence[str], likings: Sequence[float] = ()) -> Row:
-        """Encodes one conversation with its answers."""
+    def written(self, messages: Sequence[Message], answers: Sequence[str]) -> Row:
+        """Encodes one conversation with answers to write; each closes with `<|end|>`."""
+        return Row(self._prompt(messages), tuple((self.start, *self._ids(text), self.end) for text in answers))
+
+    def judged(self, messages: Sequence[Message], answers: Sequence[Judged]) -> Row:
+        """Encodes one conversation with answers to judge; their last token is where the reward model is read."""
+        coded = [self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True) for text, _ in answers]
+        reads = []
+        for number, (answer, code) in enumerate(zip(answers, coded, strict=True)):
+            tokens = {0: 0, **{stop: token for token, (_, stop) in enumerate(code["offset_mapping"], 1)}}
+            reads += [Read(number, tokens[stop], liking) for stop, liking in answer.likings if stop in tokens]
+        return Row(self._prompt(messages), tuple((self.start, *code["input_ids"]) for code in coded), tuple(reads))
+
+    def _prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
         prompt = self.tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False)
         assert isinstance(prompt, str)
-        coded = tuple((self.start, *self._ids(text), self.end) for text in answers)
-        return Row(tuple(self._ids(prompt)), coded, tuple(likings))
+        return tuple(self._ids(prompt))
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -66,9 +98,9 @@ class Encoder:
         positions = torch.zeros_like(ids)
         segments = torch.full_like(ids, -1)
         targets = torch.full_like(ids, -100)
-        ends = []
+        reads = []
         for index, row in enumerate(rows):
-            start = len(row.prompt)
+            start, starts = len(row.prompt), []
             ids[index, :start], positions[index, :start] = torch.tensor(row.prompt), torch.arange(start)
             segments[index, :start] = 0
             for number, answer in enumerate(row.answers, 1):
@@ -77,9 +109,10 @@ class Encoder:
                 positions[index, start:stop] = torch.arange(len(row.prompt), len(row.prompt) + len(answer))
                 segments[index, start:stop] = number
                 targets[index, start : stop - 1] = torch.tensor(answer[1:])
-                ends.append((index, stop - 1))
+                starts.append(start)
                 start = stop
-        return Batch(ids, positions, _mask(segments), targets, torch.tensor(ends))
+            reads += [(index, starts[read.answer] + read.token) for read in row.reads]
+        return Batch(ids, positions, _mask(segments), targets, torch.tensor(reads).view(-1, 2))
 
 
 def _mask(segments: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Trains the tokenizer on the train split: byte-level BPE, digits one by one, roles as special tokens."""
 
+import json
 from collections.abc import Iterator
 from random import Random
 
@@ -8,12 +9,21 @@ from transformers import PreTrainedTokenizerFast
 
 from langchain_aisp.demo.chitchat import chat
 from langchain_aisp.demo.scenarios import compose, scenarios
+from langchain_aisp.demo.toolbox import DAYS, made_up, place, tool
 
 VOCABULARY = 3072
 CONTEXT = 1024
 END, PAD = "<|end|>", "<|pad|>"
 ROLES = tuple(f"<|{role}|>" for role in ("system", "user", "assistant", "tool"))
-SPECIALS = (PAD, END, *ROLES, "<|tool_call|>", "<|/tool_call|>", *(f"<|reserved_{index}|>" for index in range(8)))
+SPECIALS = (
+    PAD,
+    END,
+    *ROLES,
+    "<|tools|>",
+    "<|tool_call|>",
+    "<|/tool_call|>",
+    *(f"<|reserved_{index}|>" for index in range(7)),
+)
 
 _TURNS = """\
 {%- for message in messages -%}
@@ -25,11 +35,13 @@ _TURNS = """\
 {%- for call in message['tool_calls'] or [] -%}
 {{- '<|tool_call|>' + ((call['function'] if call['function'] is defined else call) | tojson) + '<|/tool_call|>' -}}
 {%- endfor -%}
-{{- '<|end|>' -}}
+@END@
 {%- endfor -%}
 """
-CHAT_TEMPLATE = _TURNS + "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
-REWARD_TEMPLATE = _TURNS
+CHAT_TEMPLATE = _TURNS.replace("@END@", "{{- '<|end|>' -}}") + (
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+REWARD_TEMPLATE = _TURNS.replace("@END@", "{%- if not loop.last -%}{{- '<|end|>' -}}{%- endif -%}")  # ends as it ends
 
 
 def texts(count: int, seed: int) -> Iterator[str]:
@@ -40,6 +52,17 @@ def texts(count: int, seed: int) -> Iterator[str]:
         yield from (compose(scenario, rng)[0] for _ in range(3))
     for _ in range(count // 4):
         yield from chat(rng)[1:]
+        yield from _about_a_tool(rng)
+
+
+def _about_a_tool(rng: Random) -> Iterator[str]:
+    """How the template shows a tool, a call, and a result."""
+    made = tool(rng)
+    values = [place("train", rng), made_up(rng), rng.randrange(1000), rng.choice(DAYS)]
+    arguments = {each.name: value for each, value in zip(made.arguments, values, strict=False)}
+    yield f"{made.name}({', '.join(f'{each.name}: {each.type}' for each in made.arguments)}): {made.about}"
+    yield json.dumps({"name": made.name, "arguments": arguments})
+    yield json.dumps({made.name.split("_")[-1]: rng.choice(values)})
 
 
 def train_tokenizer(seed: int, count: int = 8000) -> PreTrainedTokenizerFast:

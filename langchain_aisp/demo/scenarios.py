@@ -5,7 +5,7 @@ so a test scenario holds names, order numbers and sentences that no train scenar
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from random import Random
@@ -137,7 +137,7 @@ def redraw(scenario: Scenario, answer: Draft, part: str, good: bool, rng: Random
 
 def sentence(scenario: Scenario, part: str, good: bool, rng: Random) -> str:
     """Writes one part of an answer as a sentence."""
-    return _finish(_WRITERS[part](scenario, good, rng))
+    return finish(_WRITERS[part](scenario, good, rng))
 
 
 def compose(scenario: Scenario, rng: Random, good: float = GOOD) -> tuple[str, Checks]:
@@ -157,11 +157,11 @@ def _tone(scenario: Scenario, good: bool, rng: Random) -> str:
 def _acknowledgement(scenario: Scenario, good: bool, rng: Random) -> str:
     if good:
         fitting = ACKNOWLEDGE.where(lambda slots: _fits(slots, scenario))
-        return _fill(fitting.draw(rng, scenario.split), _true_slots(scenario, rng))
+        return fill(fitting.draw(rng, scenario.split), _true_slots(scenario, rng))
     if rng.random() < 0.35:
         return VAGUE_ACKNOWLEDGE.draw(rng, scenario.split)
     sentence = ACKNOWLEDGE.draw(rng, scenario.split)
-    return _fill(sentence, _wrong_slots(scenario, slots_of(sentence), rng))
+    return fill(sentence, _wrong_slots(scenario, slots_of(sentence), rng))
 
 
 def _fits(slots: frozenset[str], scenario: Scenario) -> bool:
@@ -177,7 +177,7 @@ def _true_slots(scenario: Scenario, rng: Random) -> dict[str, str]:
 def _wrong_slots(scenario: Scenario, used: frozenset[str], rng: Random) -> dict[str, str]:
     """True values except one of the slots in use, and except what the customer never said."""
     false = {
-        "order": _order_number(scenario.split, rng, like=scenario.facts.order),
+        "order": order_number(scenario.split, rng, like=scenario.facts.order),
         "item": _other(values_of(scenario.split, _ITEMS), scenario.facts.item, rng),
         "name": _other(values_of(scenario.split, CUSTOMERS), scenario.facts.name, rng),
         "topic": rng.choice([topic for topic in topics() if topic not in INTENTS[scenario.intent].topics]),
@@ -200,14 +200,14 @@ def _action(scenario: Scenario, good: bool, rng: Random) -> str:
 def _policy(scenario: Scenario, good: bool, rng: Random) -> str:
     policy, number = POLICIES[scenario.policy], scenario.facts.policy_number
     if good:
-        return _fill(policy.statement.draw(rng, scenario.split), {"n": str(number)})
+        return fill(policy.statement.draw(rng, scenario.split), {"n": str(number)})
     if rng.random() < 0.5:
-        return _fill(FORBIDDEN.draw(rng, scenario.split), {"n": str(rng.choice((20, 25, 30, 40, 50, 60, 70, 80, 90)))})
+        return fill(FORBIDDEN.draw(rng, scenario.split), {"n": str(rng.choice((20, 25, 30, 40, 50, 60, 70, 80, 90)))})
     if rng.random() < 0.7:
         wrong = rng.choice([value for value in policy.values if value != number])
-        return _fill(policy.statement.draw(rng, scenario.split), {"n": str(wrong)})
+        return fill(policy.statement.draw(rng, scenario.split), {"n": str(wrong)})
     other = POLICIES[_other(tuple(POLICIES), scenario.policy, rng)]
-    return _fill(other.statement.draw(rng, scenario.split), {"n": str(other.default)})
+    return fill(other.statement.draw(rng, scenario.split), {"n": str(other.default)})
 
 
 def _privacy(scenario: Scenario, good: bool, rng: Random) -> str:
@@ -235,13 +235,13 @@ def _facts(intent: str, split: str, rng: Random) -> Facts:
     physical = INTENTS[intent].physical
     return Facts(
         policy_number=POLICIES[INTENTS[intent].policy].default,
-        order=_order_number(split, rng) if physical and rng.random() < 0.6 else None,
+        order=order_number(split, rng) if physical and rng.random() < 0.6 else None,
         item=rng.choice(values_of(split, _ITEMS)) if physical and rng.random() < 0.6 else None,
         name=rng.choice(values_of(split, CUSTOMERS)) if rng.random() < 0.6 else None,
     )
 
 
-def _order_number(split: str, rng: Random, like: str | None = None) -> str:
+def order_number(split: str, rng: Random, like: str | None = None) -> str:
     """Draws an order number of the split; `like` gives its length and differs from it in two digits at least."""
     digits = len(like) if like else rng.choices((4, 5, 6), (0.25, 0.6, 0.15))[0]
     while True:
@@ -257,13 +257,13 @@ def _system(intent: str, facts: Facts, split: str, rng: Random) -> tuple[tuple[M
     if kind == "none":
         return (), facts
     if kind == "plain":
-        return _turns(("system", _finish(SYSTEM_PLAIN.draw(rng)))), facts
+        return _turns(("system", finish(SYSTEM_PLAIN.draw(rng)))), facts
     names = rng.sample([name for name in POLICIES if name != INTENTS[intent].policy], rng.randint(1, 3))
     names.insert(rng.randint(0, len(names)), INTENTS[intent].policy)
     numbers = {name: rng.choice(POLICIES[name].values) for name in names}
-    rules = " ".join(_finish(_fill(POLICIES[name].rule.draw(rng), {"n": str(numbers[name])})) for name in names)
+    rules = " ".join(finish(fill(POLICIES[name].rule.draw(rng), {"n": str(numbers[name])})) for name in names)
     slots = {"shop": rng.choice(values_of(split, _SHOPS)), "kind": rng.choice(SHOP_KINDS)}
-    head = _finish(_fill(SYSTEM_HEADS.draw(rng), slots))
+    head = finish(fill(SYSTEM_HEADS.draw(rng), slots))
     facts = replace(facts, policy_number=numbers[INTENTS[intent].policy])
     return _turns(("system", f"{head} {rng.choice(SYSTEM_JOINS)}{rules}")), facts
 
@@ -276,10 +276,10 @@ def _introduced(intent: str, facts: Facts, split: str, rng: Random) -> tuple[Mes
     """The customer says hello first; the request follows."""
     if facts.name is None:
         return _one_turn(intent, facts, split, rng)
-    hello = _fill(INTROS.draw(rng, split), facts.stated)
-    welcome = _fill(WELCOME.draw(rng), facts.stated)
+    hello = fill(INTROS.draw(rng, split), facts.stated)
+    welcome = fill(WELCOME.draw(rng), facts.stated)
     request = _request(intent, replace(facts, name=None), split, rng)
-    return _turns(("user", _finish(hello)), ("assistant", _finish(welcome)), ("user", request))
+    return _turns(("user", finish(hello)), ("assistant", finish(welcome)), ("user", request))
 
 
 def _asked(intent: str, facts: Facts, split: str, rng: Random) -> tuple[Message, ...]:
@@ -287,8 +287,8 @@ def _asked(intent: str, facts: Facts, split: str, rng: Random) -> tuple[Message,
     if facts.order is None:
         return _one_turn(intent, facts, split, rng)
     request = _request(intent, replace(facts, order=None), split, rng)
-    given = _fill(GIVE_ORDER.draw(rng), facts.stated)
-    return _turns(("user", request), ("assistant", _finish(ASK_ORDER.draw(rng))), ("user", _finish(given)))
+    given = fill(GIVE_ORDER.draw(rng), facts.stated)
+    return _turns(("user", request), ("assistant", finish(ASK_ORDER.draw(rng))), ("user", finish(given)))
 
 
 def _later(intent: str, facts: Facts, split: str, rng: Random) -> tuple[Message, ...]:
@@ -307,14 +307,14 @@ def _later(intent: str, facts: Facts, split: str, rng: Random) -> tuple[Message,
 def _request(intent: str, facts: Facts, split: str, rng: Random, *, greet: float = 0.3) -> str:
     """The customer's message: greeting or name, request, order number, a closing line; in varied order."""
     stated = facts.stated
-    says = _finish(_says(INTENTS[intent].says, facts.item is not None, rng).draw(rng, split))
+    says = finish(_says(INTENTS[intent].says, facts.item is not None, rng).draw(rng, split))
     if facts.item and "{item}" not in says:
         says += rng.choice((" It is about the {item}.", " I mean the {item}.", " The {item}, that is."))
-    lines = [_fill(says, stated)]
+    lines = [fill(says, stated)]
     if facts.order:
-        lines.insert(rng.randint(0, 1), _finish(_fill(ORDER_LINES.draw(rng, split), stated)))
+        lines.insert(rng.randint(0, 1), finish(fill(ORDER_LINES.draw(rng, split), stated)))
     if rng.random() < 0.3:
-        lines.append(_finish(TAILS.draw(rng, split)))
+        lines.append(finish(TAILS.draw(rng, split)))
     return _typed(" ".join(_signed(lines, facts, split, rng, greet)), rng)
 
 
@@ -351,10 +351,10 @@ def _choices_without_item(choices: str) -> str:
 
 def _signed(lines: list[str], facts: Facts, split: str, rng: Random, greet: float) -> list[str]:
     if facts.name and rng.random() < 0.7:
-        return [_finish(_fill(INTROS.draw(rng, split), facts.stated)), *lines]
+        return [finish(fill(INTROS.draw(rng, split), facts.stated)), *lines]
     if facts.name:
-        return [*lines, _finish(_fill(SIGNATURES.draw(rng), facts.stated))]
-    return [_capital(GREETINGS.draw(rng, split)), *lines] if rng.random() < greet else lines
+        return [*lines, finish(fill(SIGNATURES.draw(rng), facts.stated))]
+    return [capital(GREETINGS.draw(rng, split)), *lines] if rng.random() < greet else lines
 
 
 def _typed(text: str, rng: Random) -> str:
@@ -371,9 +371,10 @@ def _turns(*turns: tuple[str, str]) -> tuple[Message, ...]:
     return tuple({"role": role, "content": content} for role, content in turns)
 
 
-def _fill(text: str, slots: dict[str, str]) -> str:
+def fill(text: str, slots: Mapping[str, object]) -> str:
+    """Puts values into the slots of a text."""
     for slot, value in slots.items():
-        text = text.replace("{" + slot + "}", value)
+        text = text.replace("{" + slot + "}", str(value))
     return text
 
 
@@ -381,12 +382,14 @@ def _other(values: tuple[str, ...], value: str | None, rng: Random) -> str:
     return rng.choice([other for other in values if other != value])
 
 
-def _capital(text: str) -> str:
+def capital(text: str) -> str:
+    """Starts a text with a capital."""
     return text[:1].upper() + text[1:]
 
 
-def _finish(sentence: str) -> str:
-    sentence = _capital(sentence.strip())
+def finish(sentence: str) -> str:
+    """Makes a sentence of words: a capital, and a full stop where nothing else ends it."""
+    sentence = capital(sentence.strip())
     return sentence if sentence[-1] in ".!?" else sentence + "."
 
 
