@@ -1,32 +1,29 @@
-"""Moderates given texts with rules and a reward: each passes, or is held back with reasons."""
-
-from collections.abc import Sequence
+"""Moderates drafts of answers with rules and a reward model: each passes, or is held back with reasons."""
 
 from langchain_core.messages import AIMessage
 from langchain_core.runnables import RunnableLambda
 
-from langchain_aisp.guard import Guard, GuardError, LeastReward, Pattern, pii
-from langchain_aisp.types import Chat
+from langchain_aisp import ClassifierReward
+from langchain_aisp.demo import REWARD_MODEL_PATH
+from langchain_aisp.guard import Guard, GuardError, LeastReward, Rules
+from langchain_aisp.rewards import must_not_match, no_personal_data
 
-TEXTS = [
-    "Thank you, the kettle works well.",
-    "Write to me at agnes@example.org.",
-    "You are an idiot.",
-    "BUY NOW! BUY NOW! BUY NOW!",
+QUESTION = "My name is Olga. You charged my card twice for the large kettle."
+DRAFTS = [
+    "I am sorry, Olga. I return the second charge now. Is there anything else I can do for you?",
+    "What do you want this time? I am done here now, bye.",
+    "I am sorry, Olga. Please send me your card number.",
+    "Hello Olga, another customer had that too: agnes@example.org.",
 ]
 
+secrets = must_not_match(r"send me your (card number|password)", name="asks for secrets")
+quality = LeastReward(ClassifierReward.from_pretrained(REWARD_MODEL_PATH, name="quality"), least=0)
+guard = Guard(checks=[Rules([secrets, no_personal_data()]), quality])
 
-def calm(chat: Chat, responses: Sequence[str]) -> list[float]:
-    """The share of letters that are not capitals."""
-    return [1 - sum(letter.isupper() for letter in text) / len(text) for text in responses]
-
-
-guard = Guard(checks=[*pii(), Pattern("rudeness", r"\bidiot\b"), LeastReward(calm, least=0.8)])
-moderated = guard.wrap(RunnableLambda(lambda messages: AIMessage(messages)))
-
-for text in TEXTS:
+for draft in DRAFTS:
+    moderated = guard.wrap(RunnableLambda(lambda _, draft=draft: AIMessage(draft)))
     try:
-        moderated.invoke(text)
-        print(f"passed  {text}")
+        answer = moderated.invoke(QUESTION)
+        print(f"passed  {draft}  {answer.response_metadata['guard']['tried'][0]['scores']}")
     except GuardError as error:
-        print(f"held    {text}  ({'; '.join(error.reasons)})")
+        print(f"held    {draft}  {error.reasons}")

@@ -35,6 +35,9 @@ from langchain_aisp.types import Chat, Engine, Grammar, Reader, Reward, require
 CALL_OPTIONS = frozenset(("parallel_tool_calls", "response_format", "strict", "tool_choice", "tools"))
 """Options of a call that say what an answer may be; ``strict`` is accepted, since every grammar is."""
 
+UNJUDGED = "base log-probability"
+"""What metadata name as the reward of a call that the reward cannot judge."""
+
 StructuredMethod = Literal["json_schema", "function_calling", "json_mode"]
 METHODS = get_args(StructuredMethod)
 
@@ -60,13 +63,14 @@ class Speech:
     may_call: bool = False
 
 
-def plan(engine: Engine, chat: Chat, options: Mapping[str, Any]) -> Speech:
+def plan(engine: Engine, chat: Chat, options: Mapping[str, Any], *, grounded: bool = False) -> Speech:
     """Turn the options of a call into what its answer may be.
 
     Args:
         engine: Its chat template and control tokens tell the family of the model.
         chat: The conversation.
         options: Those of ``CALL_OPTIONS`` that were given.
+        grounded: Whether the arguments of calls are taken from the conversation, see ``tools.grounding``.
 
     Raises:
         ValueError: A tool, a choice or a schema that cannot be followed.
@@ -89,7 +93,8 @@ def plan(engine: Engine, chat: Chat, options: Mapping[str, Any]) -> Speech:
         "This model writes calls as bare JSON, so an answer in JSON could not be told from a call. Ask for one of "
         "them: leave out response_format or the tools, or let an agent use ToolStrategy",
     )
-    calls = form.grammar(specs, choice=choice, parallel=parallel, text=schema)
+    grounds = [turn["content"] for turn in chat] if grounded else None
+    calls = form.grammar(specs, choice=choice, parallel=parallel, text=schema, grounds=grounds)
     text_only = form.grammar(specs, choice="none", text=schema) if choice == "auto" else None
     return Speech(asked, told, calls, form.reader(specs), text_only, may_call=True)
 

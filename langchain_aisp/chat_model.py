@@ -27,7 +27,7 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable
 from pydantic import AliasChoices, ConfigDict, Field, SecretStr, field_validator, model_validator
 
-from langchain_aisp.align import Aligned, Budget, Iteration
+from langchain_aisp.align import Budget, Iteration
 from langchain_aisp.calling import (
     CALL_OPTIONS,
     StructuredMethod,
@@ -36,11 +36,12 @@ from langchain_aisp.calling import (
     structured,
 )
 from langchain_aisp.demo import LANGUAGE_MODEL_PATH, REWARD_MODEL_PATH
+from langchain_aisp.logprobs import MOST_ALTERNATIVES, Logprobs
 from langchain_aisp.messages import to_chat
 from langchain_aisp.methods import AISP
 from langchain_aisp.profile import ABILITIES, ResolvedProfile, context_length
 from langchain_aisp.progress import areport, report
-from langchain_aisp.request import Request, chunk, result
+from langchain_aisp.request import Outcome, Request, chunk, result
 from langchain_aisp.rewards import ClassifierReward, as_reward
 from langchain_aisp.types import ContextLengthError, Engine, Reward, Sampling, require
 
@@ -50,7 +51,8 @@ if TYPE_CHECKING:
 DEMO = "demo"
 
 PER_CALL = frozenset(
-    ("budget", "max_tokens", "method", "model", "n", "reward", "seed", "temperature", "timeout", "top_k", "top_p")
+    """budget grounded_arguments logprobs max_tokens method model n reward seed temperature timeout top_k top_logprobs
+    top_p""".split()
 )
 """Fields that ``invoke`` and its siblings accept for one call, besides ``stop``."""
 
@@ -70,8 +72,15 @@ class AISPChatModel(BaseChatModel):
     line of the trace, and then the answer. The same lines, with the best text so far, go out as custom events
     ``aisp_iteration`` to callbacks and to LangGraph's ``stream_mode="custom"``.
 
+    With ``logprobs=True``, ``response_metadata["logprobs"]["content"]`` lists ``token``, ``bytes``, ``logprob`` and
+    ``top_logprobs`` of each token of the answer, as in ``ChatOpenAI``; thoughts, calls and their marks are among them.
+    The log-probabilities are those of the model by itself: without perturbation, before any grammar, ``top_p`` and
+    ``top_k``, at temperature 1. They cost one pass over the answer and about √T steps for its T tokens, after the
+    search, which pays nothing; ``seconds`` and ``timeout`` do not count them.
+
     ``invoke`` and its siblings take ``stop``, ``model``, ``reward``, ``method``, ``budget``, ``max_tokens``,
-    ``temperature``, ``top_p``, ``top_k``, ``seed`` and ``timeout`` for a single call.
+    ``temperature``, ``top_p``, ``top_k``, ``seed``, ``timeout``, ``logprobs``, ``top_logprobs`` and
+    ``grounded_arguments`` for a single call.
 
     Example:
         ```python
@@ -123,6 +132,15 @@ class AISPChatModel(BaseChatModel):
 
     n: int = 1
     """Generations per call in ``generate``: the answer and the next best distinct responses, as many as were found."""
+
+    logprobs: bool | None = None
+    """Whether ``response_metadata`` tells the log-probability of each token of the answer."""
+
+    top_logprobs: int | None = None
+    """Likeliest tokens that are told beside each token of the answer, at most 20; needs ``logprobs=True``."""
+
+    grounded_arguments: bool | None = None
+    """Whether strings and numbers in calls are taken from the conversation; ``None`` means for ``"demo"`` only."""
 
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
@@ -210,6 +228,12 @@ class AISPChatModel(BaseChatModel):
             "Only model='demo' has its own.",
         )
         require(self.n >= 1, f"n must be at least 1, got {self.n}")
+        top = self.top_logprobs or 0
+        require(0 <= top <= MOST_ALTERNATIVES, f"top_logprobs must be from 0 to {MOST_ALTERNATIVES}, got {top}")
+        require(
+            top == 0 or bool(self.logprobs),
+            f"top_logprobs={top} needs logprobs=True, got logprobs={self.logprobs}; top_logprobs=0 asks for none",
+        )
         _ = self._sampling, self._budget  # they say at once what nobody can follow
         return self
 
@@ -232,7 +256,8 @@ class AISPChatModel(BaseChatModel):
 
         A reward that sees texts only cannot judge a call. Then the model's own likeliest answer decides whether this
         turn is a call; a call is returned with its log-probability for a reward (``reward_name`` says so), and for a
-        text the search goes on among texts. A reward made by ``as_reward(fn, sees="response")`` judges both.
+        text the search goes on among texts. A reward that sees responses judges both: ``GroundedCalls``,
+        ``CompleteCalls``, and those made by ``as_call_reward(fn)`` and ``as_reward(fn, sees="response")``.
 
         Args:
             tools: Functions, Pydantic classes, LangChain tools or schemas; none unbinds nothing and binds nothing.
@@ -324,7 +349,7 @@ class AISPChatModel(BaseChatModel):
             async for step in steps:
                 yield chunk(request, step)
 
-    def _steps(self, request: Request, run_manager: CallbackManagerForLLMRun | None) -> Generator[Iteration | Aligned]:
+    def _steps(self, request: Request, run_manager: CallbackManagerForLLMRun | None) -> Generator[Iteration | Outcome]:
         """The search, each iteration told to whoever listens."""
         with _langchain_errors(), closing(request.iterate()) as steps:
             for step in steps:
@@ -334,7 +359,7 @@ class AISPChatModel(BaseChatModel):
 
     async def _asteps(
         self, request: Request, run_manager: AsyncCallbackManagerForLLMRun | None
-    ) -> AsyncGenerator[Iteration | Aligned]:
+    ) -> AsyncGenerator[Iteration | Outcome]:
         """``_steps`` for an event loop."""
         with _langchain_errors():
             async with aclosing(request.aiterate()) as steps:
@@ -353,11 +378,18 @@ class AISPChatModel(BaseChatModel):
             engine=engine,
             reward=_demo_reward() if model.reward is None else model.reward,
             method=model.method,
-            speech=plan(engine, chat, {name: options[name] for name in options.keys() & CALL_OPTIONS}),
+            chat=chat,
+            speech=plan(
+                engine,
+                chat,
+                {name: options[name] for name in options.keys() & CALL_OPTIONS},
+                grounded=model._grounded,
+            ),
             sampling=model._sampling,
             seed=secrets.randbits(32) if model.seed is None else model.seed,
             budget=model._budget,
             n=model.n,
+            logprobs=Logprobs.of(engine, model.top_logprobs or 0) if model.logprobs else None,
         )
 
     def _for_one_call(self, stop: list[str] | None, options: Mapping[str, Any]) -> Self:
@@ -398,6 +430,11 @@ class AISPChatModel(BaseChatModel):
         )
 
     @property
+    def _grounded(self) -> bool:
+        """Whether arguments are taken from the conversation."""
+        return self.model == DEMO if self.grounded_arguments is None else self.grounded_arguments
+
+    @property
     def _budget(self) -> Budget:
         """The budget, tightened by the timeout."""
         limits = [limit for limit in (self.budget.seconds, self.timeout) if limit is not None]
@@ -425,6 +462,8 @@ class AISPChatModel(BaseChatModel):
             "budget": repr(self._budget),
             "seed": self.seed,
             "n": self.n,
+            "grounded_arguments": self._grounded,
+            "logprobs": self.top_logprobs or 0 if self.logprobs else None,
         }
 
     def _get_invocation_params(self, stop: list[str] | None = None, **kwargs: Any) -> dict[str, Any]:

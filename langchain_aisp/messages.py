@@ -124,7 +124,9 @@ def _calls(message: BaseMessage) -> list[dict[str, Any]]:
     calls += [_call(call["id"], call["name"], call["args"]) for call in message.invalid_tool_calls]
     known = {call["id"] for call in calls}
     blocks = [block for block in _blocks(message) if block.get("type") in _CALL_BLOCKS and block.get("id") not in known]
-    return calls + [_call(block.get("id"), block["name"], block.get("input", block.get("args"))) for block in blocks]
+    return calls + [
+        _call(block.get("id"), block.get("name"), block.get("input", block.get("args"))) for block in blocks
+    ]
 
 
 def _call(id_: str | None, name: str | None, arguments: Any) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import uuid
 from collections.abc import AsyncGenerator, Generator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,13 +16,42 @@ from langchain_core.messages import AIMessageChunk, ToolCallChunk, message_chunk
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.messages.tool import tool_call_chunk as create_tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from torch import Tensor
 
 from langchain_aisp.align import Aligned, Budget, Candidate, Iteration, Settings, aiterate, iterate
-from langchain_aisp.calling import Speech, judges_calls
+from langchain_aisp.calling import UNJUDGED, Speech, judges_calls
+from langchain_aisp.logprobs import Entry, Logprobs
 from langchain_aisp.messages import continues_last
 from langchain_aisp.methods import Greedy
 from langchain_aisp.rewards import as_reward
-from langchain_aisp.types import Chat, Engine, Method, Response, Reward, Sampling
+from langchain_aisp.types import (
+    Chat,
+    Engine,
+    Method,
+    Response,
+    Reward,
+    Rollouts,
+    Sampling,
+    Ticket,
+    Wave,
+    aanswered,
+    answered,
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search has found, and what the model by itself thinks of it.
+
+    Attributes:
+        aligned: The outcome of the search.
+        answers: The responses that are returned, the best first.
+        logprobs: For each of these the entries of its tokens; none if they were not asked for.
+    """
+
+    aligned: Aligned
+    answers: tuple[Candidate, ...]
+    logprobs: tuple[list[Entry], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,22 +63,26 @@ class Request:
         engine: Decodes.
         reward: Scores.
         method: Searches.
+        chat: The conversation as it was given.
         speech: What is to be answered, and what the answer may be.
         sampling: How tokens are drawn.
         seed: Fixes the noise.
         budget: What the search may spend.
         n: How many of the best distinct responses are wanted.
+        logprobs: How the log-probabilities of their tokens are told; None if they are not.
     """
 
     model_name: str
     engine: Engine
     reward: Reward
     method: Method[Any]
+    chat: Chat
     speech: Speech
     sampling: Sampling
     seed: int
     budget: Budget
     n: int
+    logprobs: Logprobs | None = None
 
     @property
     def settings(self) -> Settings:
@@ -69,7 +103,7 @@ class Request:
     @property
     def alone(self) -> Request:
         """The model's own likeliest answer, judged by nobody."""
-        return replace(self, reward=_UNJUDGED, method=Greedy())
+        return replace(self, reward=_LIKELIHOOD, method=Greedy())
 
     def decided(self, alone: Aligned) -> Request | Aligned:
         """The model's own answer if that is a call; else the request for the best text."""
@@ -78,24 +112,42 @@ class Request:
             return _by_likelihood(alone)
         return replace(self, speech=replace(self.speech, grammar=self.speech.text_only, may_call=False))
 
-    def iterate(self) -> Generator[Iteration | Aligned]:
+    @property
+    def told_reward(self) -> Reward:
+        """The reward as the search asks it: one that judges calls reads the conversation with its calls and results.
+
+        The others read texts, as the chat template does that is silent about tools.
+        """
+        return _AsGiven(self.reward, self.chat) if judges_calls(self.reward) else self.reward
+
+    def iterate(self) -> Generator[Iteration | Outcome]:
         """Run the search; whoever waits is a thread."""
+        with closing(self._search()) as steps:
+            for step in steps:
+                yield step if isinstance(step, Iteration) else answered(self._outcome(step), self._decode)
+
+    async def aiterate(self) -> AsyncGenerator[Iteration | Outcome]:
+        """Run the search; whoever waits is an event loop."""
+        async with aclosing(self._asearch()) as steps:
+            async for step in steps:
+                yield step if isinstance(step, Iteration) else await aanswered(self._outcome(step), self._adecode)
+
+    def _search(self) -> Generator[Iteration | Aligned]:
         request: Request | Aligned = self
         if self.undecided:
-            [*_, found] = self.alone.iterate()
+            [*_, found] = self.alone._search()
             assert isinstance(found, Aligned)
             request = self.decided(found)
         if isinstance(request, Aligned):
             yield from request.trace
             yield request
         else:
-            yield from iterate(self.engine, self.reward, self.method, request.speech.chat, **request.settings)
+            yield from iterate(self.engine, self.told_reward, self.method, request.speech.chat, **request.settings)
 
-    async def aiterate(self) -> AsyncGenerator[Iteration | Aligned]:
-        """Run the search; whoever waits is an event loop."""
+    async def _asearch(self) -> AsyncGenerator[Iteration | Aligned]:
         request: Request | Aligned = self
         if self.undecided:
-            [*_, found] = [step async for step in self.alone.aiterate()]
+            [*_, found] = [step async for step in self.alone._asearch()]
             assert isinstance(found, Aligned)
             request = self.decided(found)
         if isinstance(request, Aligned):
@@ -103,10 +155,47 @@ class Request:
                 yield now
             yield request
         else:
-            search = aiterate(self.engine, self.reward, self.method, request.speech.chat, **request.settings)
+            search = aiterate(self.engine, self.told_reward, self.method, request.speech.chat, **request.settings)
             async with aclosing(search) as steps:
                 async for step in steps:
                     yield step
+
+    def _outcome(self, aligned: Aligned) -> Generator[Wave, Rollouts, Outcome]:
+        """What is told of a search; asks for a wave if the log-probabilities of the answers are wanted."""
+        answers = aligned.distinct[: self.n]
+        if self.logprobs is None:
+            return Outcome(aligned, answers)
+        logprobs = yield from self.logprobs.tell(aligned.prompt, answers, self.sampling.stop)
+        return Outcome(aligned, answers, logprobs)
+
+    def _decode(self, wave: Wave) -> Rollouts:
+        with self.engine.submit(wave) as ticket:
+            return ticket.future.result()
+
+    async def _adecode(self, wave: Wave) -> Rollouts:
+        with self.engine.submit(wave) as ticket:
+            return await asyncio.shield(asyncio.wrap_future(ticket.future))  # shielded as in ``align.aiterate``
+
+
+@dataclass(frozen=True)
+class _AsGiven:
+    """A reward that is told the conversation as it was given, not as it was rewritten for a chat template."""
+
+    reward: Reward
+    chat: Chat
+
+    @property
+    def name(self) -> str:
+        return self.reward.name
+
+    @property
+    def fingerprint(self) -> str:
+        return self.reward.fingerprint
+
+    def submit(
+        self, pairs: Sequence[tuple[Chat, Response]], *, loop: asyncio.AbstractEventLoop | None = None
+    ) -> Ticket[Tensor]:
+        return self.reward.submit([(self.chat, response) for _, response in pairs], loop=loop)
 
 
 def _by_likelihood(alone: Aligned) -> Aligned:
@@ -121,10 +210,10 @@ def _indifferent(chat: Chat, responses: Sequence[Response]) -> list[float]:
     return [0.0] * len(responses)
 
 
-_UNJUDGED = as_reward(_indifferent, sees="response", name="base log-probability")
+_LIKELIHOOD = as_reward(_indifferent, sees="response", name=UNJUDGED)
 
 
-def chunk(request: Request, step: Iteration | Aligned) -> ChatGenerationChunk:
+def chunk(request: Request, step: Iteration | Outcome) -> ChatGenerationChunk:
     """An iteration as an empty chunk with its line of the trace, or the outcome as the chunk with the answer.
 
     Merged, the chunks of a stream make the message of ``invoke``. LangChain appends lists when it merges, but it
@@ -132,24 +221,27 @@ def chunk(request: Request, step: Iteration | Aligned) -> ChatGenerationChunk:
     """
     if isinstance(step, Iteration):
         return ChatGenerationChunk(message=AIMessageChunk(content="", response_metadata={"trace": [step.numbers]}))
-    return ChatGenerationChunk(message=_answer(request, step, step.best))
+    return ChatGenerationChunk(message=_answer(request, step, 0))
 
 
-def result(request: Request, steps: Sequence[Iteration | Aligned]) -> ChatResult:
+def result(request: Request, steps: Sequence[Iteration | Outcome]) -> ChatResult:
     """The answer as its stream would have brought it, and behind it the next best ones that were asked for."""
     result = generate_from_stream(chunk(request, step) for step in steps)
-    aligned = steps[-1]
-    assert isinstance(aligned, Aligned)
-    others = [message_chunk_to_message(_answer(request, aligned, other)) for other in aligned.distinct[1 : request.n]]
+    outcome = steps[-1]
+    assert isinstance(outcome, Outcome)
+    others = [message_chunk_to_message(_answer(request, outcome, rank)) for rank in range(1, len(outcome.answers))]
     return ChatResult(generations=[*result.generations, *(ChatGeneration(message=message) for message in others)])
 
 
-def _answer(request: Request, aligned: Aligned, best: Candidate) -> AIMessageChunk:
+def _answer(request: Request, outcome: Outcome, rank: int) -> AIMessageChunk:
+    """The answer of this rank, 0 for the best, as one chunk."""
+    aligned, best = outcome.aligned, outcome.answers[rank]
     if best.response.finish_reason == "timeout" and not best.response.text:
         limit = request.budget.seconds
         raise ModelTimeoutError(f"{request.model_name} had no answer within {limit} seconds; give it more time.")
     response = best.response
     reasoning = {} if response.reasoning is None else {"reasoning_content": response.reasoning}
+    logprobs = {"logprobs": {"content": outcome.logprobs[rank]}} if outcome.logprobs else {}
     return AIMessageChunk(
         content=response.text,
         additional_kwargs=reasoning,
@@ -159,7 +251,7 @@ def _answer(request: Request, aligned: Aligned, best: Candidate) -> AIMessageChu
             "model_provider": "aisp",
             "finish_reason": "tool_calls" if response.tool_calls and response.complete else response.finish_reason,
             "reward": best.reward,
-            "reward_name": _UNJUDGED.name if aligned.method == "greedy" and request.undecided else request.reward.name,
+            "reward_name": UNJUDGED if aligned.method == "greedy" and request.undecided else request.reward.name,
             "method": aligned.method,
             "samples": aligned.samples,
             "sampled_tokens": aligned.sampled_tokens,
@@ -167,6 +259,7 @@ def _answer(request: Request, aligned: Aligned, best: Candidate) -> AIMessageChu
             "seconds": aligned.seconds,
             "stopped": aligned.stopped,
             "seed": request.seed,
+            **logprobs,
         },
         usage_metadata=UsageMetadata(
             input_tokens=aligned.prompt_tokens,

@@ -132,6 +132,8 @@ class Wave:
         observe: Extras that cost time: ``base_logprobs`` (log-probability of each drawn token under the unsteered
             model at temperature 1, among the tokens allowed at its position), ``alternatives`` (its likeliest tokens
             per position), ``scores`` (gradient of that log-probability by the pre-logits).
+        forced: Nothing is drawn: each row says the rest of its prefix, up to the first -1, and ends, so that given
+            responses can be observed.
     """
 
     prompt: Prompt
@@ -141,6 +143,7 @@ class Wave:
     sampling: Sampling
     steering: Steering | None = None
     observe: frozenset[Observable] = frozenset()
+    forced: bool = False
 
     def __len__(self) -> int:
         """Number of rows N."""

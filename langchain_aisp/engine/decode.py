@@ -105,7 +105,7 @@ class Rows:
         self.wave, self.index, self.vocabulary = wave, index, vocabulary
         self.sampling = wave.sampling
         self.steering = _to(wave.steering, device)
-        self.limit = min(self.sampling.max_tokens, context - len(wave.prompt.ids))
+        self.limit: int | Tensor = min(self.sampling.max_tokens, context - len(wave.prompt.ids))
         self.rows = index.to(device)
         self.cut = wave.cut[index].to(device)
         self.length = self.cut.clone()
@@ -117,7 +117,11 @@ class Rows:
             torch.tensor(self.sampling.top_k, device=device),
         )
         kept = torch.arange(self.keys.shape[1], device=device) < self.cut[:, None]
-        self.tokens = torch.where(kept, wave.prefix[index].to(device), -1)
+        given = wave.prefix[index].to(device)
+        self.tokens = torch.where(kept, given, -1)
+        self.script = given if wave.forced else None  # [n, L], what is said whatever is drawn; -1 after it
+        if self.script is not None:
+            self.limit = (self.script >= 0).sum(dim=1).clamp(max=self.limit)
         self.reason = torch.full_like(self.length, -1)  # index into _REASONS, -1 while the row is decoded
         self._end(self.length >= self.limit, "length")
         last = self.tokens.gather(1, (self.cut - 1).clamp(min=0)[:, None]).squeeze(1)
@@ -182,6 +186,8 @@ class Rows:
         active = self.reason[self.live] < 0
         live, tokens = self.live[active], tokens[active]
         position = self.length[live]
+        if self.script is not None:
+            tokens = self.script[live, position]
         if self.matchers is not None and self.error is None:
             self._consume(self.matchers, active.nonzero().squeeze(1), tokens)
         if base is not None:

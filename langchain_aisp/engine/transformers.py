@@ -24,6 +24,7 @@ from langchain_aisp.engine.choice import choose_cache
 from langchain_aisp.engine.decode import Rows, SteeredHead, Vocabulary, decode_step, split, time_is_up
 from langchain_aisp.engine.grammar import Grammars
 from langchain_aisp.engine.loading import context_length, load_model, load_tokenizer, measure_head, output_head
+from langchain_aisp.engine.prompt import PromptEncoder
 from langchain_aisp.types import (
     Chat,
     ContextLengthError,
@@ -88,6 +89,7 @@ class TransformersEngine:
         self.tokenizer = tokenizer
         self.name = name or model.config.name_or_path or type(model).__name__
         self.chat_template = chat_template or _own_template(tokenizer, self.name)
+        self._encoder = PromptEncoder(tokenizer, self.chat_template, self.name)
         self.max_rows = max_rows
         self.context_length = context_length(model)
         self._head = SteeredHead(output_head(model))
@@ -182,7 +184,7 @@ class TransformersEngine:
     def encode(
         self, chat: Chat, *, tools: Sequence[Mapping[str, Any]] = (), seed: int = 0, continue_last: bool = False
     ) -> Prompt:
-        """Tokenise a conversation; control tokens in its texts stay text.
+        """Tokenise a conversation; whatever its texts spell stays text, see ``templating``.
 
         Args:
             chat: Role/content dicts.
@@ -208,24 +210,7 @@ class TransformersEngine:
         self, chat: Chat, *, tools: Sequence[Mapping[str, Any]] = (), continue_last: bool = False
     ) -> list[int]:
         """Token ids of a conversation as the model reads it, however long; see ``encode``."""
-        from jinja2 import TemplateError
-
-        try:
-            ids = self.tokenizer.apply_chat_template(
-                [dict(message) for message in chat],
-                tools=[dict(tool) for tool in tools] or None,
-                chat_template=self.chat_template,
-                add_generation_prompt=not continue_last,
-                continue_final_message=continue_last,
-                tokenize=True,
-                return_dict=False,
-                sanitize_control_tokens=True,
-            )
-        except TemplateError as error:
-            roles = [message.get("role") for message in chat]
-            message = f"the chat template of {self.name} refuses the conversation with the roles {roles}: {error}"
-            raise ValueError(message) from error
-        return list(ids)
+        return self._encoder.encode(chat, tools, continue_last)
 
     @cached_property
     def control_tokens(self) -> Mapping[str, int]:

@@ -1,7 +1,8 @@
-"""Rewards: what the search makes better. Functions, models, judges, rules, servers, or combinations of them."""
+"""Rewards: what the search makes better. Functions, models, judges, rules, servers, calls, or combinations of them."""
 
 from langchain_aisp.rewards.base import RewardError, check_scores
 from langchain_aisp.rewards.callable import CallableReward, as_reward
+from langchain_aisp.rewards.calls import CallReward, CompleteCalls, GroundedCalls, as_call_reward
 from langchain_aisp.rewards.classifier import ClassifierReward
 from langchain_aisp.rewards.combinations import WeightedSum
 from langchain_aisp.rewards.embedding import EmbeddingReward
@@ -22,10 +23,13 @@ from langchain_aisp.rewards.rules import (
 )
 
 __all__ = [
+    "CallReward",
     "CallableReward",
     "ClassifierReward",
+    "CompleteCalls",
     "EmbeddingReward",
     "EnsembleReward",
+    "GroundedCalls",
     "JudgeReward",
     "Minimum",
     "RemoteReward",
@@ -34,6 +38,7 @@ __all__ = [
     "RuleReward",
     "Violation",
     "WeightedSum",
+    "as_call_reward",
     "as_reward",
     "check_scores",
     "last_user_text",

@@ -54,9 +54,9 @@ def as_reward(
         raise TypeError(f"a reward must be a function or an object, got the class {fn.__name__}; pass an instance")
     if _is_reward(fn):
         given = (name, timeout, fingerprint) != (None, None, None) or sees != "text"
-        require(not given, f"{_name_of(fn)} is a reward already and takes no name, timeout, sees or fingerprint here")
+        require(not given, f"{name_of(fn)} is a reward already and takes no name, timeout, sees or fingerprint here")
         return fn  # type: ignore[return-value]
-    return CallableReward(fn, name or _name_of(fn), timeout, sees, fingerprint)  # type: ignore[arg-type]
+    return CallableReward(fn, name or name_of(fn), timeout, sees, fingerprint)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ class CallableReward:
 
     def __post_init__(self) -> None:
         """Reject what could only fail later, in the middle of a search."""
-        _check_signature(self.fn, self.name)
+        check_signature(self.fn, self.name, ("chat", "responses"), "one number per response")
         require(self.timeout is None or self.timeout > 0, f"timeout must be positive or None, got {self.timeout}")
         require(self.sees in ("text", "response"), f"sees must be 'text' or 'response', got {self.sees!r}")
         require(self.explicit_fingerprint != "", "fingerprint must not be empty; leave it out to derive it")
@@ -119,14 +119,14 @@ class CallableReward:
         """
         groups = _by_chat(pairs)
         answers = [self._ask(pairs[rows[0]][0], [pairs[row][1] for row in rows], loop) for rows in groups]
-        return gather(answers, lambda scores: _scatter(scores, groups, len(pairs)))
+        return gather(answers, lambda scores: scatter(scores, groups, len(pairs)))
 
     def _ask(self, chat: Chat, responses: list[Response], loop: AbstractEventLoop | None) -> Future[Tensor]:
         """One call of the function."""
         texts = [response.text for response in responses]
         shown = texts if self.sees == "text" else responses
         call = _Call(self, functools.partial(self.fn, [dict(message) for message in chat], list(shown)), texts)
-        if _is_async(self.fn):
+        if is_async(self.fn):
             call.start_on(loop or background_loop())
         else:
             context = contextvars.copy_context()  # tracing and callbacks follow the call into its thread
@@ -224,7 +224,7 @@ def _by_chat(pairs: Sequence[tuple[Chat, Response]]) -> list[list[int]]:
     return groups
 
 
-def _scatter(scores: Sequence[Tensor], groups: Sequence[Sequence[int]], rows: int) -> Tensor:
+def scatter(scores: Sequence[Tensor], groups: Sequence[Sequence[int]], rows: int) -> Tensor:
     """Scores by group back in the order of the pairs."""
     flat = torch.empty(rows, dtype=torch.float32)
     for group, values in zip(groups, scores, strict=True):
@@ -237,7 +237,8 @@ def _is_reward(value: object) -> bool:
     return all(inspect.getattr_static(value, verb, None) is not None for verb in ("name", "fingerprint", "submit"))
 
 
-def _is_async(fn: Callable[..., Any]) -> bool:
+def is_async(fn: Callable[..., Any]) -> bool:
+    """Whether a call of it is awaited, as far as one can see before."""
     inner = _unwrapped(fn)
     call = inspect.getattr_static(type(inner), "__call__", None)
     return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(call)
@@ -249,15 +250,17 @@ def _unwrapped(fn: Any) -> Any:
     return fn
 
 
-def _name_of(fn: Any) -> str:
+def name_of(fn: Any) -> str:
+    """The name of a reward, function, partial or object, for error messages."""
     inner = _unwrapped(fn)
     own = inspect.getattr_static(inner, "name", None)
     return own if isinstance(own, str) else getattr(inner, "__name__", type(inner).__name__)
 
 
-def _check_signature(fn: object, name: str) -> None:
-    """Reject what cannot be called as ``fn(chat, responses)``, as far as Python can tell."""
-    expected = "a reward must be callable as fn(chat, responses) and return one number per response"
+def check_signature(fn: object, name: str, arguments: Sequence[str], returns: str) -> None:
+    """Reject what cannot be called with two or three positional arguments, as far as Python can tell."""
+    listed = ", ".join(arguments)
+    expected = f"a reward must be callable as fn({listed}) and return {returns}"
     if not callable(fn):
         raise TypeError(f"{expected}, got {type(fn).__name__}; pass a function, or a reward object with submit")
     try:
@@ -265,7 +268,8 @@ def _check_signature(fn: object, name: str) -> None:
     except ValueError:
         return  # some built-in functions do not tell
     try:
-        signature.bind([], [])
+        signature.bind(*arguments)
     except TypeError as error:
-        message = f"{expected}, but {name}{signature} cannot take two positional arguments ({error})"
-        raise TypeError(f"{message}; wrap it, for example: lambda chat, responses: ...") from error
+        count = {2: "two", 3: "three"}[len(arguments)]
+        message = f"{expected}, but {name}{signature} cannot take {count} positional arguments ({error})"
+        raise TypeError(f"{message}; wrap it, for example: lambda {listed}: ...") from error

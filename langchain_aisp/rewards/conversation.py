@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from langchain_aisp.templating import Sanitiser, with_fitting_ids
 from langchain_aisp.types import Chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, Any]]
-
-_CONTENT_ONLY = "{{ messages[0].content }}"
-_ROUNDS = 8  # splitting one disguised token can at worst reveal another
 
 
 class ConversationEncoder:
@@ -48,7 +44,7 @@ class ConversationEncoder:
         self._eos = _either(tokenizer.eos_token_id, tokenizer.sep_token_id)
         if (add_bos and self._bos is None) or (add_eos and self._eos is None):
             raise ValueError("its tokenizer lacks the BOS or EOS that is to be added. Leave add_bos and add_eos out")
-        self._guard = ControlTokens(self._tokenizer)
+        self._sanitiser = Sanitiser(self._tokenizer, str(self._template))
 
     def encode(self, chat: Chat, response: str) -> list[int]:
         """Token ids of the conversation with the candidate as its last answer.
@@ -58,7 +54,8 @@ class ConversationEncoder:
         Raises:
             ValueError: If the candidate alone is longer than ``max_length``: it is never cut.
         """
-        messages = [self._guard.neutralised(message) for message in with_answer(chat, response)]
+        fitting = with_fitting_ids(chat, str(self._template))
+        messages = [self._sanitiser.turn(turn) for turn in with_answer(fitting, response)]
         ids = self._render(messages)
         while self._too_long(ids) and (shorter := _without_first_turn(messages)) is not None:
             messages, ids = shorter, self._render(shorter)
@@ -91,72 +88,6 @@ class ConversationEncoder:
                 "Raise max_length if the reward model allows it, or lower max_tokens of the search"
             )
         return head + ids[-kept:]
-
-
-class ControlTokens:
-    """Keeps the tokens that give a template its structure out of what people and language models write.
-
-    All added tokens count, special or not, save whitespace: ``sanitize_control_tokens`` of transformers then writes
-    them as plain text. Two kinds escape it and are split by a space here: tokens that the tokenizer makes of plain
-    text too, and disguised ones that become a token only after the tokenizer's normaliser (case, Unicode width).
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Set the tokenizer's ``chat_control_tokens``, so pass one that is yours."""
-        added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if str(token).strip()}
-        tokenizer.chat_control_tokens = list(added)
-        self._tokenizer = tokenizer
-        self._ids = set(added.values()) - {tokenizer.unk_token_id}
-        self._written = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)")
-        self._normalises = tokenizer.is_fast and tokenizer.backend_tokenizer.normalizer is not None
-        self._can_be_plain = lru_cache(maxsize=None)(partial(_can_be_plain, tokenizer))
-
-    def neutralised(self, value: Any) -> Any:
-        """The value with every text in it, however deep, free of tokens that could not be written as plain text."""
-        if isinstance(value, str):
-            return self._neutralised_text(value)
-        if isinstance(value, Mapping):
-            return {key: self.neutralised(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self.neutralised(item) for item in value]
-        return value
-
-    def _neutralised_text(self, text: str) -> str:
-        text = self._written.sub(self._split_if_stubborn, text)
-        for _ in range(_ROUNDS):
-            spans = self._disguised(text)
-            if not spans:
-                return text
-            for start, end in reversed(spans):
-                text = text[:start] + _split(text[start:end]) + text[end:]
-        raise ValueError(f"{text[:60]!r} holds a control token of the reward's tokenizer that cannot be taken apart")
-
-    def _disguised(self, text: str) -> list[tuple[int, int]]:
-        """Where the text has control tokens besides those written out, which transformers recognises."""
-        if not self._normalises:
-            return []
-        rest = self._written.sub(lambda found: "\n" * len(found.group()), text)
-        encoded = self._tokenizer(rest, add_special_tokens=False, return_offsets_mapping=True)
-        pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        return [(start, end) for index, (start, end) in pairs if index in self._ids and start < end]
-
-    def _split_if_stubborn(self, found: re.Match[str]) -> str:
-        return found.group() if self._can_be_plain(found.group()) else _split(found.group())
-
-
-def _can_be_plain(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
-    """Whether transformers can write a control token as plain text; the plain text may be the very token."""
-    probe = [{"role": "user", "content": token}]
-    try:
-        tokenizer.apply_chat_template(probe, chat_template=_CONTENT_ONLY, sanitize_control_tokens=True)
-    except ValueError:
-        return False
-    return True
-
-
-def _split(token: str) -> str:
-    """The token with a space inside, which is no token any more."""
-    return f"{token[0]} {token[1:]}" if len(token) > 1 else " "
 
 
 def with_answer(chat: Chat, response: str) -> Messages:

@@ -269,14 +269,14 @@ class _Topic:
     words: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        require(bool(self.words) and all(map(_plain, self.words)), f"topics must be words, got {self.words}")
+        require(bool(self.words) and all(map(plain, self.words)), f"topics must be words, got {self.words}")
 
     @cached_property
     def _compiled(self) -> re.Pattern[str]:
-        return re.compile("|".join(rf"(?<!\w){re.escape(_plain(word))}(?!\w)" for word in self.words))
+        return re.compile("|".join(rf"(?<!\w){re.escape(plain(word))}(?!\w)" for word in self.words))
 
     def find(self, text: str) -> tuple[str, ...]:
-        return tuple(found[0] for found in self._compiled.finditer(_plain(text)))
+        return tuple(found[0] for found in self._compiled.finditer(plain(text)))
 
     @property
     def identity(self) -> str:
@@ -308,7 +308,7 @@ def _visible(text: str) -> str:
     return "".join(character for character in compatible if unicodedata.category(character) != "Cf")
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """The visible text without case and with single spaces."""
     return " ".join(_visible(text).casefold().split())
 
@@ -321,7 +321,8 @@ _PHONE = re.compile(
     r"|\(?[2-9]\d{2}\)?[ .-]{1,2}\d{3}[ .-]\d{4}"  # the American grouping
     r")(?!\w)"
 )
-_DATE = re.compile(r"\d{1,2}([./-])\d{1,2}\1\d{2,4}")
+_DAY_OR_MONTH = r"(?:0?[1-9]|[12]\d|3[01])"
+_DATE = re.compile(rf"(?<![\w.+/-]){_DAY_OR_MONTH}([./-]){_DAY_OR_MONTH}\1(?:(?:19|20)?\d{{2}})?(?![./-]?\d)")
 _DIGIT_GROUPS = re.compile(r"(?<!\w)\d+(?:[ -]\d+)*(?!\w)")
 _IBAN_GROUPS = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?:[ -]?[A-Z0-9]+){1,40}(?!\w)", re.IGNORECASE)
 
@@ -331,9 +332,10 @@ def _emails(text: str) -> Iterator[str]:
 
 
 def _phones(text: str) -> Iterator[str]:
-    """Seven to fifteen digits, as the numbering plan has it, that are no date."""
-    for found in _PHONE.finditer(text):
-        if 7 <= sum(map(str.isdigit, found[0])) <= 15 and not _DATE.fullmatch(found[0]):
+    """Seven to fifteen digits, as the numbering plan has it, outside of dates."""
+    undated = _DATE.sub(lambda found: "x" * len(found[0]), text)
+    for found in _PHONE.finditer(undated):
+        if 7 <= sum(map(str.isdigit, found[0])) <= 15:
             yield found[0]
 
 

@@ -15,7 +15,11 @@ from langchain_aisp.tools.spec import ToolSpec
 from langchain_aisp.tools.thoughts import Thoughts
 from langchain_aisp.types import Chat, Grammar, require
 
+MOST_CALLS = 8
+"""Most calls of one answer: without an end, a small model would call until its tokens run out."""
+
 _OBJECT = '{"name": "$name", "arguments": $arguments}'
+_RESULT, _END_OF_RESULT = "[result of ", "[/result]"  # around a tool's result in a user's turn
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class ToolFormat:
         Args:
             tools: The tools at hand.
             choice: "auto" for text or calls or both, "none" for text, "required" or "any" for calls, or a tool's name.
-            parallel: Whether an answer may hold several calls.
+            parallel: Whether an answer may hold several calls, up to ``MOST_CALLS``.
             grounds: Texts of the conversation; if given, the arguments are taken from them, see
                 ``grounding.grounded_arguments``.
             text: JSON schema of an answer that is no call; then there is no text beside a call.
@@ -125,7 +129,8 @@ class ToolFormat:
         """The conversation for a template that is silent about tools.
 
         The system prompt tells of the tools, calls stand in the answers' texts, results of tools in the user's turns.
-        Hand no tools to such a template.
+        What users, tools and answers write cannot pass for a call or a result: a space stands inside such marks of
+        theirs. Hand no tools to such a template.
         """
         turns = _merged(self._plain(turn) for turn in chat)
         system = turns.pop(0)["content"] if turns and turns[0]["role"] == "system" else ""
@@ -134,7 +139,14 @@ class ToolFormat:
 
     def _write(self, name: str, arguments: Mapping[str, Any]) -> str:
         before, between, after = self._around()
-        return before + _inside(name) + between + json.dumps(arguments, ensure_ascii=False) + after
+        written = self._forged.sub(_escaped, json.dumps(arguments, ensure_ascii=False))
+        return before + self._forged.sub(_escaped, _inside(name)) + between + written + after
+
+    @property
+    def _forged(self) -> re.Pattern[str]:
+        """Matches what would be a mark of a call or of a result if it stood outside of a string."""
+        marks = (self.marker, self.inset, self.closing, self.prelude, _RESULT, _END_OF_RESULT)
+        return re.compile("|".join(re.escape(mark) for mark in marks if mark))
 
     def _around(self) -> tuple[str, str, str]:
         """What stands before the name of a call, between name and arguments, and after these."""
@@ -166,7 +178,7 @@ class ToolFormat:
 
     def _calls(self, tools: Sequence[ToolSpec], parallel: bool) -> str:
         begin, separator, end = (literal(text, self.ids) for text in (self.begin, self.separator, self.end))
-        more = f"({separator} call)*" if parallel else ""
+        more = f"({separator} call){{0,{MOST_CALLS - 1}}}" if parallel else ""
         choices = " | ".join(f"call_{index}" for index in range(len(tools)))
         return f"calls: {begin} call {more} {end}\ncall: {choices}"
 
@@ -184,18 +196,21 @@ class ToolFormat:
 
     def _plain(self, turn: Mapping[str, Any]) -> dict[str, Any]:
         """A turn with tools in its text only."""
+        said = turn["content"] if turn["role"] == "system" else self._forged.sub(_apart, turn["content"])
         if turn["role"] == "tool":
-            return {"role": "user", "content": f"Result of {turn.get('name') or 'the tool'}: {turn['content']}"}
+            name = self._forged.sub(_apart, turn.get("name") or "the tool")
+            return {"role": "user", "content": f"{_RESULT}{name}]\n{said}\n{_END_OF_RESULT}"}
         functions = [call["function"] for call in turn.get("tool_calls") or ()]
         calls = self.write([(each["name"], each["arguments"]) for each in functions]) if functions else ""
-        content = "\n".join(part for part in (turn["content"], calls) if part)
+        content = "\n".join(part for part in (said, calls) if part)
         return {**{key: value for key, value in turn.items() if key != "tool_calls"}, "content": content}
 
     def _instruction(self, tools: Sequence[ToolSpec]) -> str:
         """What the system prompt says of the tools."""
         if not tools:
             return ""
-        described = "\n".join(json.dumps(tool.to_openai()["function"], ensure_ascii=False) for tool in tools)
+        listed = "\n".join(json.dumps(tool.to_openai()["function"], ensure_ascii=False) for tool in tools)
+        described = self._forged.sub(_escaped, listed)
         example = self.marker + self.begin + self.call + self.end
         shape = example.replace("$name", "NAME").replace("$arguments", "{ARGUMENTS}")
         return f"You can call these tools:\n{described}\nTo call one, write its name and arguments as JSON:\n{shape}"
@@ -275,6 +290,16 @@ def _chosen(tools: Sequence[ToolSpec], choice: str) -> list[ToolSpec]:
     possible = ["auto", "none", "required", "any", *(tool.name for tool in tools)]
     require(bool(named), f"tool_choice {choice!r} leaves no tool to call; possible are {possible}")
     return named
+
+
+def _apart(mark: re.Match[str]) -> str:
+    """The mark with a space inside."""
+    return f"{mark[0][0]} {mark[0][1:]}"
+
+
+def _escaped(mark: re.Match[str]) -> str:
+    """The mark as it may stand inside a string of JSON, where it means the same."""
+    return f"\\u{ord(mark[0][0]):04x}{mark[0][1:]}"
 
 
 def _inside(name: str) -> str:

@@ -183,6 +183,19 @@ def test_a_call_cut_off_is_invalid_in_every_way_of_calling(hermes):
         assert message.response_metadata["finish_reason"] == "length"
 
 
+def test_grounded_arguments_are_taken_from_the_conversation(engine):
+    @tool
+    def remember(note: str, times: int) -> str:
+        """Remember a note."""
+        return note
+
+    said = "Please water 4 cacti"
+    asked = model(engine, max_tokens=400).bind_tools([remember], tool_choice="any", parallel_tool_calls=False)
+    [call] = asked.invoke(said, grounded_arguments=True).tool_calls
+    assert call["args"]["note"] in said
+    assert call["args"]["times"] == 4
+
+
 def test_tools_reach_the_prompt(engine):
     chat = [{"role": "user", "content": "Hello"}]
     bound = model(engine).bind_tools([look_up])

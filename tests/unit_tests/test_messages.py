@@ -45,6 +45,17 @@ def test_a_late_system_message_moves_to_the_front():
     assert chat[0]["content"] == "a\n\nd"
 
 
+def test_two_late_system_messages_become_the_one_at_the_start():
+    late = [SystemMessage("b"), AIMessage("c"), HumanMessage("d"), SystemMessage("e")]
+    chat = to_chat([HumanMessage("a"), *late])
+    assert [(turn["role"], turn["content"]) for turn in chat] == [
+        ("system", "b\n\ne"),
+        ("user", "a"),
+        ("assistant", "c"),
+        ("user", "d"),
+    ]
+
+
 def test_users_that_a_late_system_message_separated_are_joined():
     assert roles(to_chat([HumanMessage("a"), SystemMessage("b"), HumanMessage("c")])) == ["system", "user"]
 
@@ -135,6 +146,39 @@ def test_a_tool_use_block_and_its_tool_call_are_one_call():
     alone = AIMessage([text, block])
     assert to_chat([both]) == to_chat([alone])
     assert to_chat([both])[0] == {"role": "assistant", "content": "Let me see.", "tool_calls": [RENDERED_CALL]}
+
+
+@pytest.mark.parametrize(
+    ("block", "rendered"),
+    [
+        ({"id": "1", "name": "add", "input": '{"a": 1,'}, {"name": "add", "arguments": {"invalid_json": '{"a": 1,'}}),
+        ({"id": "1", "name": "add"}, {"name": "add", "arguments": {"invalid_json": ""}}),
+        ({"id": "1", "input": {"a": 1}}, {"name": "", "arguments": {"a": 1}}),
+    ],
+)
+def test_a_tool_use_block_in_pieces_is_a_call_still(block, rendered):
+    [turn] = to_chat([AIMessage([{"type": "tool_use", **block}])])
+    assert turn["tool_calls"][0]["function"] == rendered
+
+
+@pytest.mark.parametrize("content", ["", [], [""], [{"type": "text", "text": ""}]])
+def test_nothing_beside_a_call_is_an_empty_text(content):
+    [turn] = to_chat([AIMessage(content, tool_calls=[CALL])])
+    assert turn == {"role": "assistant", "content": "", "tool_calls": [RENDERED_CALL]}
+
+
+def test_an_invalid_call_stands_behind_the_valid_ones_and_keeps_its_result():
+    invalid = {"name": "add", "args": "{", "id": "call-2", "error": "cut off", "type": "invalid_tool_call"}
+    answer = AIMessage("", tool_calls=[CALL], invalid_tool_calls=[invalid])
+    results = [ToolMessage("3", tool_call_id="call-1"), ToolMessage("no JSON", tool_call_id="call-2", status="error")]
+    asked, *answered = to_chat([answer, *results])
+    assert [call["id"] for call in asked["tool_calls"]] == ["call-1", "call-2"]
+    assert [(turn["content"], turn["name"]) for turn in answered] == [("3", "add"), ("Error: no JSON", "add")]
+
+
+def test_a_result_whose_call_is_gone_stays_a_result():
+    chat = to_chat([HumanMessage("Well?"), ToolMessage("3", tool_call_id="lost")])
+    assert chat[1] == {"role": "tool", "content": "3", "tool_call_id": "lost"}
 
 
 def test_standard_content_blocks_are_read_once():

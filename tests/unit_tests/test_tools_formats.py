@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from langchain_aisp.tools import FAMILIES, GENERIC, Thoughts, ToolFormat, ToolSpec, format_for, tool_specs
-from langchain_aisp.tools.formats import DEMO, HERMES, LLAMA, MISTRAL, MISTRAL_NAMED
+from langchain_aisp.tools.formats import DEMO, HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, MOST_CALLS
 from tests.matching import accepts, may_begin, tokenizer, wander
 
 WEATHER = {
@@ -91,6 +91,17 @@ def test_several_calls_only_when_parallel(form, choice):
     assert takes(form, calls, choice=choice)
     assert not takes(form, calls, choice=choice, parallel=False)
     assert takes(form, form.write([PARIS]), choice=choice, parallel=False)
+
+
+@each_format
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_a_model_that_calls_without_end_is_stopped(form, choice):
+    assert takes(form, form.write([MAP] * MOST_CALLS), choice=choice)
+    assert not takes(form, form.write([MAP] * (MOST_CALLS + 1)), choice=choice)
+    full = form.grammar(TWO, choice=choice)
+    *_, closing = form.write([MAP] * MOST_CALLS).rpartition("}")
+    assert may_begin(full, form.write([MAP] * (MOST_CALLS - 1)).removesuffix(closing) + form.separator)
+    assert not may_begin(full, form.write([MAP] * MOST_CALLS).removesuffix(closing) + form.separator)
 
 
 @each_format
@@ -254,7 +265,7 @@ def test_a_silent_template_gets_tools_in_plain_text():
     assert '<tool_call>\n{"name": "NAME", "arguments": {ARGUMENTS}}\n</tool_call>' in system["content"]
     assert user == chat[1]
     assert answer == {"role": "assistant", "content": GENERIC.write([ROME])}
-    assert result == {"role": "user", "content": "Result of weather: sunny\n\nAnd tomorrow?"}
+    assert result == {"role": "user", "content": "[result of weather]\nsunny\n[/result]\n\nAnd tomorrow?"}
     assert GENERIC.instructed(chat[1:2], ()) == chat[1:2]
 
 

@@ -1,0 +1,362 @@
+"""Rewards of tool calls: whether their arguments were said, whether they are complete, or what a function thinks."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import math
+import re
+from asyncio import AbstractEventLoop
+from collections import Counter
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import lru_cache, partial
+from typing import Any, TypeAlias, cast
+
+from torch import Tensor
+
+from langchain_aisp.rewards.base import RewardError, check_scores, gather
+from langchain_aisp.rewards.callable import (
+    CallableReward,
+    Sees,
+    as_reward,
+    check_signature,
+    is_async,
+    name_of,
+    scatter,
+)
+from langchain_aisp.rewards.fingerprint import digest, stable_fingerprint
+from langchain_aisp.rewards.foreign import text_of
+from langchain_aisp.rewards.rules import plain
+from langchain_aisp.types import Chat, Response, Reward, Ticket, aanswered, answered, require
+
+CallFunction: TypeAlias = Callable[[Any, str, dict[str, Any]], float | Awaitable[float]]
+"""``(chat, name, args) -> score``: the conversation as a list of dicts, the tool's name, the parsed arguments."""
+
+Question: TypeAlias = tuple[Chat, str, dict[str, Any]]
+
+_NEUTRAL = 0.5  # between a call of which everything is right, 1, and one of which nothing is, 0
+
+
+def as_call_reward(
+    function: CallFunction,
+    *,
+    text: float | Any = 0.0,
+    invalid: float = 0.0,
+    name: str | None = None,
+    timeout: float | None = None,
+    fingerprint: str | None = None,
+) -> CallReward:
+    """Make a reward of a function of one tool call; an answer with several calls gets their mean.
+
+    Args:
+        function: Called as ``function(chat, name, args)``, sync or async; returns a finite number, higher is better.
+        text: What an answer without calls gets: a number, or a reward (or a function of texts) that then judges it.
+        invalid: What a call counts that cannot be read, was cut off or breaks its schema: a low score of the function.
+        name: For error messages; the function's own name unless given.
+        timeout: Most seconds for all calls of one wave; None sets no limit.
+        fingerprint: Identity of the function in cache keys; derived from its code unless given, see ``CallableReward``.
+
+    Raises:
+        TypeError: If the function cannot be called with three positional arguments.
+        ValueError: For a number that is not finite, or values out of range.
+    """
+    return CallReward(function, text=text, invalid=invalid, name=name, timeout=timeout, fingerprint=fingerprint)
+
+
+class CallReward:
+    """A function of a tool call as a reward of whole responses; made by ``as_call_reward``.
+
+    Attributes:
+        function: Scores one call.
+        text: Judges answers without calls.
+        invalid: The score of a call that cannot be read.
+        sees: What the reward reads; says to the chat model that it judges calls.
+    """
+
+    sees: Sees = "response"
+
+    def __init__(
+        self,
+        function: CallFunction,
+        *,
+        text: float | Any = 0.0,
+        invalid: float = 0.0,
+        name: str | None = None,
+        timeout: float | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        """See ``as_call_reward``."""
+        own_name = name or name_of(function)
+        check_signature(function, own_name, ("chat", "name", "args"), "one number")
+        require(math.isfinite(invalid), f"invalid must be a finite number, got {invalid}; it is a low score")
+        self.function = function
+        self.invalid = float(invalid)
+        self.text: Reward = _always(text) if isinstance(text, int | float) else as_reward(text)
+        scores = self._scores_async if is_async(function) else self._scores
+        identity = fingerprint or stable_fingerprint(function)
+        self._calls = CallableReward(scores, own_name, timeout, "response", identity)
+
+    @property
+    def name(self) -> str:
+        """For error messages."""
+        return self._calls.name
+
+    @property
+    def fingerprint(self) -> str:
+        """From the function's, the reward of texts and the score of invalid calls."""
+        return digest("calls", self._calls.fingerprint, self.text.fingerprint, repr(self.invalid))
+
+    def submit(
+        self, pairs: Sequence[tuple[Chat, Response]], *, loop: AbstractEventLoop | None = None
+    ) -> Ticket[Tensor]:
+        """Start scoring, calls by the function and texts by ``text``.
+
+        Args:
+            pairs: Conversations and candidates; one with calls is judged by these alone, whatever it says besides.
+            loop: The caller's running loop, on which an async function runs.
+
+        Returns:
+            A ticket for [len(pairs)] float32. Its errors are ``RewardError``.
+        """
+        calling = [row for row, (_, response) in enumerate(pairs) if _calls_something(response)]
+        silent = sorted(set(range(len(pairs))) - set(calling))
+        shares = [(rows, judge) for rows, judge in ((calling, self._calls), (silent, self.text)) if rows]
+        futures = [judge.submit([pairs[row] for row in rows], loop=loop).future for rows, judge in shares]
+        return gather(futures, lambda scores: scatter(scores, [rows for rows, _ in shares], len(pairs)))
+
+    def _scores(self, chat: Chat, responses: Sequence[Response]) -> list[float]:
+        return answered(self._scoring(chat, responses), lambda asked: [self._ask(*each) for each in asked])
+
+    async def _scores_async(self, chat: Chat, responses: Sequence[Response]) -> list[float]:
+        return await aanswered(self._scoring(chat, responses), self._ask_all)
+
+    def _scoring(
+        self, chat: Chat, responses: Sequence[Response]
+    ) -> Generator[Sequence[Question], Sequence[Any], list[float]]:
+        """Mean scores of the responses, each of which calls something; asks about all calls at once."""
+        calls = [(call["name"], dict(call["args"])) for response in responses for call in response.tool_calls]
+        answers = yield [(chat, *call) for call in calls]
+        scores = iter(check_scores(self.name, answers, [_written(*call) for call in calls]).tolist())
+        return [self._mean([next(scores) for _ in response.tool_calls], response) for response in responses]
+
+    def _mean(self, scores: Sequence[float], response: Response) -> float:
+        invalid = [self.invalid] * len(response.invalid_tool_calls)
+        return (sum(scores) + sum(invalid)) / (len(scores) + len(invalid))
+
+    def _ask(self, chat: Chat, name: str, args: dict[str, Any]) -> Any:
+        with self._blaming(name, args):
+            return self.function(chat, name, args)
+
+    async def _ask_all(self, asked: Iterable[Question]) -> list[Any]:
+        """All calls side by side; the first error ends them all."""
+        tasks = [asyncio.ensure_future(self._ask_async(*each)) for each in asked]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _ask_async(self, chat: Chat, name: str, args: dict[str, Any]) -> Any:
+        with self._blaming(name, args):
+            score = self.function(chat, name, args)
+            return await score if inspect.isawaitable(score) else score
+
+    @contextmanager
+    def _blaming(self, name: str, args: Mapping[str, Any]) -> Iterator[None]:
+        """Tell at which call the function failed."""
+        written = _written(name, args)
+        try:
+            yield
+        except RewardError:
+            raise
+        except Exception as error:
+            problem = f"raised {type(error).__name__}: {error}"
+            remedy = "The traceback above shows where it failed."
+            raise RewardError(self.name, problem, remedy, written) from error
+
+
+class GroundedCalls(CallReward):
+    """Share of a call's values that were said in the conversation: 1 if nothing is invented, 0 if everything is.
+
+    Values are the strings and numbers in the arguments, however deep; truth values, null and blank strings do not
+    count, and a call without values has invented nothing. A string was said if it occurs in a message's text as whole
+    words, case and spaces aside. A number was said in digits or as an English word up to twelve. Arguments of earlier
+    calls are no text, but what the tools answered is. A call that cannot be read gets 0.
+    """
+
+    def __init__(self, *, text: float | Any = _NEUTRAL) -> None:
+        """Take what an answer without calls gets: a number, 0.5 unless given, or a reward that then judges it."""
+        super().__init__(grounded_share, text=text, name="grounded calls", fingerprint="grounded calls")
+
+
+class CompleteCalls(CallReward):
+    """Share of the properties of a call's schema that are filled: 1 if all are.
+
+    A property is filled if it is there and neither null, nor blank, nor an empty list or object. A call that leaves a
+    required one open gets 0, and so do a call of an unknown tool and one that cannot be read. Only the properties of
+    the arguments themselves count, not those inside of them.
+    """
+
+    def __init__(self, tools: Iterable[Any], *, text: float | Any = _NEUTRAL) -> None:
+        """Know the tools.
+
+        Args:
+            tools: LangChain tools, Pydantic classes, functions, or dicts in the form of the OpenAI API.
+            text: What an answer without calls gets: a number, or a reward that then judges it.
+
+        Raises:
+            ValueError: No tools, two of one name, or something that is none.
+        """
+        forms = tuple(sorted((_form_of(tool) for tool in tools), key=lambda form: form.name))
+        shared = [name for name, count in Counter(form.name for form in forms).items() if count > 1]
+        require(len(forms) > 0, "CompleteCalls needs the tools that may be called, such as CompleteCalls([look_up])")
+        require(not shared, f"several tools are named {shared}; a call could mean either of them, rename all but one")
+        identity = digest("complete calls", repr(forms))
+        super().__init__(partial(complete_share, forms), text=text, name="complete calls", fingerprint=identity)
+
+
+def grounded_share(chat: Chat, name: str, args: Mapping[str, Any]) -> float:
+    """Share of the strings and numbers in ``args`` that occur in the conversation, see ``GroundedCalls``."""
+    said = _said(tuple(text_of(message) for message in chat))
+    values = list(_values(args))
+    return sum(map(said.holds, values)) / len(values) if values else 1.0
+
+
+def complete_share(forms: Sequence[_Form], chat: Chat, name: str, args: Mapping[str, Any]) -> float:
+    """Share of the properties that are filled, see ``CompleteCalls``."""
+    form = next((form for form in forms if form.name == name), None)
+    if form is None or not all(_is_filled(args.get(key)) for key in form.required):
+        return 0.0
+    filled = [_is_filled(args.get(key)) for key in form.properties]
+    return sum(filled) / len(filled) if filled else 1.0
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What may stand in a call.
+
+    Attributes:
+        name: Of the tool.
+        properties: Of its arguments.
+        required: Those of them that must be there.
+    """
+
+    name: str
+    properties: tuple[str, ...]
+    required: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What has been said in a conversation.
+
+    Attributes:
+        text: All of it, without case and with single spaces.
+        numbers: The numbers in it.
+    """
+
+    text: str
+    numbers: frozenset[Decimal]
+
+    def holds(self, value: str | float) -> bool:
+        """Whether a value of a call's arguments was said."""
+        return self._holds_text(plain(value)) if isinstance(value, str) else Decimal(str(value)) in self.numbers
+
+    def _holds_text(self, passage: str) -> bool:
+        """Whether the passage occurs, not as a part of a longer word or number."""
+        found = (match.span() for match in re.finditer(re.escape(passage), self.text))
+        return any(not (self._goes_on(start) or self._goes_on(end)) for start, end in found)
+
+    def _goes_on(self, at: int) -> bool:
+        """Whether a word or number goes on across this place; scripts without case have no spaces, or do not tell."""
+        before, after = self.text[max(at - 2, 0) : at], self.text[at : at + 2]
+        beside = before[-1:] + after[:1]
+        within_word = len(beside) == 2 and all(sign.islower() or sign.isdigit() for sign in beside)
+        return within_word or any(map(_PARTED.fullmatch, (before + after[:1], before[-1:] + after)))
+
+
+_PARTED = re.compile(r"\d[.,]\d")
+# A sign that follows a digit is a hyphen, not a minus; commas part groups of three digits.
+_NUMBER = re.compile(r"(?<!\w)-?\d+(?:,\d{3})*(?:\.\d+)?")
+_NUMERALS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+
+
+@lru_cache(maxsize=64)
+def _said(texts: tuple[str, ...]) -> _Said:
+    """What texts say; a wave asks about hundreds of calls in one conversation."""
+    text = "\n".join(map(plain, texts))
+    words = set(re.findall(r"\w+", text))
+    digits = {Decimal(found.replace(",", "")) for found in _NUMBER.findall(text)}
+    return _Said(text, frozenset(digits | {Decimal(value) for value, word in enumerate(_NUMERALS) if word in words}))
+
+
+def _values(value: Any) -> Iterator[str | float]:
+    """Strings and numbers in a value, however deep."""
+    if isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _values(item)
+    elif (isinstance(value, str) and plain(value)) or type(value) in (int, float):  # a truth value is an int, too
+        yield value
+
+
+def _is_filled(value: Any) -> bool:
+    """Whether a value says something; 0 and False do."""
+    return bool(value.strip()) if isinstance(value, str) else value is not None and value not in ([], {})
+
+
+def _form_of(tool: Any) -> _Form:
+    """A tool in one of the forms that ``bind_tools`` takes, read without LangChain."""
+    if isinstance(tool, Mapping):
+        function = tool.get("function", tool)  # of the OpenAI API; others are of Anthropic's, or a JSON schema
+        schema = function.get("parameters", function.get("input_schema", function))
+        name = function.get("name", function.get("title"))
+    elif hasattr(tool, "tool_call_schema"):
+        name, schema = tool.name, _schema_of(tool.tool_call_schema)
+    else:
+        schema = _schema_of(tool)
+        name = schema.get("title", tool.__name__)
+    require(isinstance(name, str), f"a tool needs a name, and {tool!r} has none")
+    properties, required = schema.get("properties", {}), schema.get("required", ())
+    return _Form(name, tuple(sorted(properties)), tuple(sorted(required)))
+
+
+def _schema_of(arguments: Any) -> Mapping[str, Any]:
+    """JSON schema of arguments: such a schema, a Pydantic class of version 2 or 1, or a function."""
+    if isinstance(arguments, Mapping):
+        return arguments
+    make = getattr(arguments, "model_json_schema", getattr(arguments, "schema", None))
+    if callable(make):
+        return cast(Mapping[str, Any], make())
+    require(
+        inspect.isfunction(arguments),
+        f"{arguments!r} is no tool that can be read. Possible are LangChain tools, Pydantic classes, functions, and "
+        "what convert_to_openai_tool of langchain_core.utils.function_calling makes of others",
+    )
+    parameters = inspect.signature(arguments).parameters
+    required = [name for name, each in parameters.items() if each.default is inspect.Parameter.empty]
+    return {"properties": dict.fromkeys(parameters), "required": required}
+
+
+def _calls_something(response: Response) -> bool:
+    return bool(response.tool_calls or response.invalid_tool_calls)
+
+
+def _written(name: str, args: Mapping[str, Any]) -> str:
+    """A call as people write it, for messages."""
+    return f"{name}({json.dumps(args, ensure_ascii=False, default=repr)})"
+
+
+def _always(score: float) -> Reward:
+    """The same score for every text."""
+    require(math.isfinite(score), f"text must be a finite number or a reward, got {score}")
+    return CallableReward(
+        partial(_equally, float(score)), f"{score:g}", explicit_fingerprint=f"always {float(score)!r}"
+    )
+
+
+def _equally(score: float, chat: Chat, texts: Sequence[str]) -> list[float]:
+    return [score] * len(texts)
