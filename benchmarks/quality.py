@@ -1,10 +1,10 @@
 """Reward and gold reward at equal numbers of samples, on the demo pair: the default AISP against Best-of-N.
 
 Why: a search is worth its name only if it beats plain sampling at equal cost, on prompts that nothing was chosen on,
-and by a measure that nobody optimised. Best-of-N gets its best temperature, chosen on dev prompts at the full budget.
-The default AISP runs at the same one, so that its first wave is Best-of-N's, and at 1.0, as a user gets it. Every
-method answers the same test prompts with the same seeds; the gold reward is the demo's exact checker. Runs are kept one
-by one, so a run that was stopped goes on where it was.
+and by a measure that nobody optimised. Best-of-N and the default AISP each get their best temperature, chosen by reward
+on dev prompts at the full budget; AISP also runs at 1.0, as a user gets it. Every method answers
+the same test prompts with the same seeds; the gold reward is the demo's exact checker. Runs are kept one by one, so a
+run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from langchain_aisp.methods import PublishedAISP
 from langchain_aisp.types import Method, Sampling
 
 MAX_TOKENS = 80
-TEMPERATURES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2)
+TEMPERATURES = {"best_of_n": (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0), "aisp": (0.3, 0.4, 0.5, 0.7)}  # the best lie inside
 WAVE = 32
 
 
@@ -48,20 +48,28 @@ def best_of_n(samples: int, temperature: float, split: str) -> Arm:
     return Arm(f"best_of_{samples}@{temperature}", split, BestOfN(samples, temperature, samples_per_wave=WAVE))
 
 
-def dev_arms(samples: int) -> list[Arm]:
-    """What Best-of-N's temperature is chosen from."""
-    return [best_of_n(samples, temperature, "dev") for temperature in TEMPERATURES]
+def aisp(samples: int, temperature: float, split: str) -> Arm:
+    """The default search at one temperature."""
+    return Arm(f"aisp@{temperature}", split, AISP(samples=samples, iterations=samples // WAVE), temperature)
 
 
-def test_arms(samples: int, temperature: float) -> list[Arm]:
-    """What is compared on the test prompts; the third arm is compared with the two before it."""
-    ours = AISP(samples=samples, iterations=samples // WAVE)
+def dev_arms(samples: int) -> dict[str, list[Arm]]:
+    """What the temperatures are chosen from, by method."""
+    makers = {"best_of_n": best_of_n, "aisp": aisp}
+    return {name: [make(samples, at, "dev") for at in TEMPERATURES[name]] for name, make in makers.items()}
+
+
+def test_arms(samples: int, theirs: float, ours: float) -> list[Arm]:
+    """What is compared on the test prompts, Best-of-N at the temperature `theirs`.
+
+    The first arm is what all are compared with; the second is the first wave of the third.
+    """
     published = PublishedAISP(samples_per_iteration=WAVE, iterations=samples // WAVE)
     return [
-        best_of_n(samples, temperature, "test"),
-        best_of_n(WAVE, temperature, "test"),
-        Arm(f"aisp@{temperature}", "test", ours, temperature),
-        *([Arm("aisp@1.0", "test", ours)] if temperature != 1.0 else []),
+        best_of_n(samples, theirs, "test"),
+        best_of_n(WAVE, ours, "test"),
+        aisp(samples, ours, "test"),
+        aisp(samples, 1.0, "test"),
         Arm("published_aisp", "test", published),
     ]
 
@@ -206,15 +214,20 @@ def main() -> None:
     args = parser.parse_args()
     log = Log(args.log)
     candidates = dev_arms(args.samples)
-    do(candidates, args.dev_prompts, log, args.workers)
-    on_dev = {arm.name: _means(log, arm, args.dev_prompts, args.samples)[0] for arm in candidates}
-    temperature = TEMPERATURES[max(range(len(candidates)), key=lambda i: on_dev[candidates[i].name])]
-    arms = test_arms(args.samples, temperature)
+    do([arm for arms in candidates.values() for arm in arms], args.dev_prompts, log, args.workers)
+    on_dev = {
+        arm.name: _means(log, arm, args.dev_prompts, args.samples)[0] for arms in candidates.values() for arm in arms
+    }
+    best = {
+        name: max(zip(arms, TEMPERATURES[name], strict=True), key=lambda pair: on_dev[pair[0].name])[1]
+        for name, arms in candidates.items()
+    }
+    arms = test_arms(args.samples, best["best_of_n"], best["aisp"])
     do(arms, args.prompts, log, args.workers)
     result = compare(arms, args.prompts, args.samples, log)
     show(result)
     settings = {"samples": args.samples, "prompts": args.prompts, "max_tokens": MAX_TOKENS}
-    save("quality", {**settings, "dev_rewards": on_dev, "temperature": temperature, **result})
+    save("quality", {**settings, "dev_rewards": on_dev, "temperatures": best, **result})
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def structured(
             else JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
         )
     else:
-        form = {"type": "json_object"} if method == "json_mode" else response_format(schema, strict)
+        form = {"type": "json_object"} if schema is None else response_format(schema, strict)
         given = model.bind_tools(list(tools), response_format=form, **told) if tools else None
         bound = given or model.bind(response_format=form, **told)
         parser = _json_parser(schema)

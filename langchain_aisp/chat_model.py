@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import secrets
+import threading
 import uuid
 import warnings
 import weakref
@@ -291,7 +292,7 @@ class AISPChatModel(BaseChatModel):
         Args:
             schema: A Pydantic class (version 2 or 1), a TypedDict class or a JSON schema.
             method: "json_schema" writes the object as the answer's text, "function_calling" as a call of a tool of
-                that name, "json_mode" writes any JSON object.
+                that name, "json_mode" as "json_schema", or any JSON object where there is no schema.
             include_raw: Return a dict with ``raw``, ``parsed`` and ``parsing_error`` and do not raise.
             strict: Accepted; answers follow the schema anyway.
             tools: Tools that may be called besides.
@@ -540,11 +541,13 @@ def _demo_reward() -> Reward:
 
 
 _identities: dict[int, str] = {}
+_identities_lock = threading.Lock()
 
 
 def _engine_identity(engine: Engine) -> str:
     """Tells live engines of one name apart; an address alone would not, since it is used again."""
-    if id(engine) not in _identities:
-        _identities[id(engine)] = uuid.uuid4().hex
-        weakref.finalize(engine, _identities.pop, id(engine))
-    return _identities[id(engine)]
+    with _identities_lock:
+        if id(engine) not in _identities:
+            _identities[id(engine)] = uuid.uuid4().hex
+            weakref.finalize(engine, _identities.pop, id(engine))
+        return _identities[id(engine)]

@@ -3,9 +3,9 @@
 from typing import Any
 
 from langchain_aisp.guard.audit import AuditLog
-from langchain_aisp.guard.checks import Check, Exchange, LeastReward, Pattern, ReportedReward, Verdict, judged, pii
+from langchain_aisp.guard.checks import Check, Exchange, LeastReward, ReportedReward, Rules, Verdict, judged
 from langchain_aisp.guard.core import Guard, GuardedChatModel
-from langchain_aisp.guard.policies import Fallback, GuardError, HandOver, Policy, Raise, SearchLonger
+from langchain_aisp.guard.policies import Fallback, GuardError, HandOver, Policy, Raise, SearchLonger, Tried
 
 __all__ = [
     "AuditLog",
@@ -18,14 +18,14 @@ __all__ = [
     "GuardedChatModel",
     "HandOver",
     "LeastReward",
-    "Pattern",
     "Policy",
     "Raise",
     "ReportedReward",
+    "Rules",
     "SearchLonger",
+    "Tried",
     "Verdict",
     "judged",
-    "pii",
 ]
 
 

@@ -3,24 +3,58 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal, cast
 
-from langchain_core.language_models import BaseChatModel, LanguageModelInput
-from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, convert_to_messages
+from langchain_core.language_models import LanguageModelInput
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage, convert_to_messages
 from langchain_core.prompt_values import PromptValue
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import ensure_config, merge_configs
 
 from langchain_aisp.guard.audit import AuditLog
-from langchain_aisp.guard.checks import Check, Exchange, Verdict
-from langchain_aisp.guard.policies import Ask, Examine, GuardError, HandOver, Policy, Raise, SearchLonger, reasons_of
+from langchain_aisp.guard.checks import Check, Exchange, Verdict, text_of
+from langchain_aisp.guard.policies import (
+    Ask,
+    Examine,
+    HandOver,
+    Note,
+    Pass,
+    Policy,
+    Raise,
+    SearchLonger,
+    Steps,
+    Tried,
+)
 from langchain_aisp.types import aanswered, answered, require
 
 UNSTREAMED = "nostream"
 """The tag by which LangGraph keeps a model's tokens, here unchecked ones, out of its stream of messages."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What goes out.
+
+    Attributes:
+        answer: The message as the model or a policy gave it.
+        notes: Why it is this one.
+    """
+
+    answer: BaseMessage
+    notes: Mapping[str, Any]
+
+    @property
+    def message(self) -> AIMessage:
+        """The answer with the notes as ``response_metadata["guard"]``; those of a guard within are under "inner"."""
+        told = self.answer.response_metadata
+        inner = {"inner": told["guard"]} if "guard" in told else {}
+        metadata = {**told, "guard": {**self.notes, **inner}}
+        return cast(AIMessage, self.answer.model_copy(update={"response_metadata": metadata}))
 
 
 @dataclass(frozen=True)
@@ -30,19 +64,20 @@ class Guard:
     A check that breaks raises: then nothing goes out.
 
     Attributes:
-        checks: All must pass for an answer to go out.
+        checks: All must pass for an answer to go out; messages that call tools are answers too.
         policies: What to do otherwise, in this order; at the end ``GuardError`` is raised.
-        input_checks: All must pass before the model is called; they see the last message of the user.
+        input_checks: All must pass before the model is asked; they see the user's last message, once per message.
         input_policies: What to do otherwise, in this order; at the end ``GuardError`` is raised.
-        tool_calls: Whether answers that call tools are checked too, with the calls' arguments.
         audit: Where decisions are logged.
+
+    Raises:
+        ValueError: Without a check, and for input policies that act on answers.
     """
 
     checks: Sequence[Check] = ()
     policies: Sequence[Policy] = ()
     input_checks: Sequence[Check] = ()
     input_policies: Sequence[Policy] = ()
-    tool_calls: bool = False
     audit: AuditLog | None = None
 
     def __post_init__(self) -> None:
@@ -52,71 +87,90 @@ class Guard:
         require(not about_answers, f"{about_answers} act on answers; input_policies take Fallback and Raise")
 
     def wrap(self, model: Runnable[Any, Any]) -> GuardedChatModel:
-        """Guard a chat model, or one with bound settings or tools."""
+        """Guard a chat model, one with bound settings or tools, or any runnable that answers with an ``AIMessage``."""
         return GuardedChatModel(self, model)
 
-    def steps(self, messages: Sequence[BaseMessage]) -> Generator[Ask | Examine, Any, AIMessage]:
+    def steps(self, messages: Sequence[BaseMessage]) -> Steps[Decision]:
         """Ask for an answer that may go out; the caller replies to each step with its outcome."""
-        users = [place for place, message in enumerate(messages) if isinstance(message, HumanMessage)]
-        if self.input_checks and users:
-            said = Exchange(messages[: users[-1]], messages[users[-1]])
-            blocked = yield from self._decide(said, "input", self.input_checks, self.input_policies)
-            if blocked is not None:
-                return blocked
-        answer: AIMessage = yield Ask()
-        if not self.checks or (answer.tool_calls and not self.tool_calls):
-            return answer
-        decided = yield from self._decide(Exchange(messages, answer), "answer", self.checks, self.policies)
-        assert decided is not None
-        return decided
+        place = _open_question(messages)
+        if self.input_checks and place is not None:
+            question = Exchange(messages[:place], messages[place])
+            asked = [Tried(question.said, (yield Examine(question, self.input_checks)))]
+            decision = yield from self._decide("input", messages, asked, self.input_policies)
+            if decision.answer is not question.said:
+                return decision
+        tried: list[Tried] = []
+        yield from self._ask(messages, tried, {})
+        return (yield from self._decide("answer", messages, tried, self.policies))
+
+    def _ask(self, messages: Sequence[BaseMessage], tried: list[Tried], settings: Mapping[str, Any]) -> Steps[Tried]:
+        """Ask and check once more."""
+        start = time.monotonic()
+        answer: AIMessage = yield Ask(settings)
+        seconds = round(time.monotonic() - start, 3)
+        verdicts: Sequence[Verdict] = yield Examine(Exchange(messages, answer), self.checks)
+        tried.append(Tried(answer, verdicts, settings, seconds))
+        return tried[-1]
 
     def _decide(
-        self, exchange: Exchange, stage: str, checks: Sequence[Check], policies: Sequence[Policy]
-    ) -> Generator[Ask | Examine, Any, AIMessage | None]:
-        """The answer that goes out, or None where a user's message passed."""
-        verdicts: Sequence[Verdict] = yield Examine(exchange)
-        if not reasons_of(verdicts):
-            self._log(stage, "passed", exchange, verdicts, exchange.said)
-            return _marked(exchange.said, stage, "passed", verdicts) if isinstance(exchange.said, AIMessage) else None
-        for policy in (*policies, Raise()):
+        self,
+        stage: Literal["input", "answer"],
+        messages: Sequence[BaseMessage],
+        tried: list[Tried],
+        policies: Sequence[Policy],
+    ) -> Steps[Decision]:
+        """Let the first policy decide that has an answer."""
+        ask = partial(self._ask, messages, tried)
+        declined: list[str] = []
+        for policy in (Pass(), *policies, Raise()):
             try:
-                answer = yield from policy.act(exchange, verdicts)
-            except GuardError:
-                self._log(stage, policy.name, exchange, verdicts, None)
+                answer = yield from policy.act(tried[-1], ask)
+            except Exception:  # the guard's own error, or the interrupt that hands over: nothing goes out now
+                yield from self._log(_notes(stage, policy.name, declined, tried), tried, None)
                 raise
             if answer is not None:
-                self._log(stage, policy.name, exchange, verdicts, answer)
-                return _marked(answer, stage, policy.name, verdicts)
+                notes = _notes(stage, policy.name, declined, tried)
+                yield from self._log(notes, tried, answer)
+                return Decision(answer, notes)
+            declined.append(policy.name)
         raise AssertionError("Raise returned")
 
-    def checks_of(self, exchange: Exchange) -> Sequence[Check]:
-        """The checks that concern a message."""
-        return self.checks if isinstance(exchange.said, AIMessage) else self.input_checks
-
-    def _log(
-        self, stage: str, action: str, exchange: Exchange, verdicts: Sequence[Verdict], sent: BaseMessage | None
-    ) -> None:
+    def _log(self, notes: Mapping[str, Any], tried: Sequence[Tried], sent: BaseMessage | None) -> Steps[None]:
         if self.audit is not None:
-            texts = {"said": exchange.text, "sent": None if sent is None else sent.text}
-            self.audit.write({"stage": stage, "action": action, **_ids(), **_found(verdicts)}, texts)
+            quote = self.audit.quote
+            quoted = [{**each.summary, "text": quote(text_of(each.message))} for each in tried]
+            gone = None if sent is None else quote(text_of(sent))
+            yield Note(self.audit, {**_ids(), **notes, "tried": quoted, "sent": gone})
 
 
-def drive(guard: Guard, messages: Sequence[BaseMessage], ask: Callable[[Mapping[str, Any]], AIMessage]) -> AIMessage:
+def drive(guard: Guard, messages: Sequence[BaseMessage], ask: Callable[[Mapping[str, Any]], Any]) -> Decision:
     """Run the guard; whoever waits is a thread."""
 
-    def reply(step: Ask | Examine) -> Any:
-        return ask(step.settings) if isinstance(step, Ask) else _examine(guard, step.exchange)
+    def reply(step: Ask | Examine | Note) -> Any:
+        match step:
+            case Ask(settings):
+                return _answer(ask(settings))
+            case Examine(exchange, checks):
+                return _examine(exchange, checks)
+            case Note(log, record):
+                return log.write(record)
 
     return answered(guard.steps(messages), reply)
 
 
 async def adrive(
-    guard: Guard, messages: Sequence[BaseMessage], ask: Callable[[Mapping[str, Any]], Awaitable[AIMessage]]
-) -> AIMessage:
+    guard: Guard, messages: Sequence[BaseMessage], ask: Callable[[Mapping[str, Any]], Awaitable[Any]]
+) -> Decision:
     """Run the guard; whoever waits is an event loop."""
 
-    async def reply(step: Ask | Examine) -> Any:
-        return await (ask(step.settings) if isinstance(step, Ask) else _aexamine(guard, step.exchange))
+    async def reply(step: Ask | Examine | Note) -> Any:
+        match step:
+            case Ask(settings):
+                return _answer(await ask(settings))
+            case Examine(exchange, checks):
+                return await _aexamine(exchange, checks)
+            case Note(log, record):
+                return await asyncio.to_thread(log.write, record)
 
     return await aanswered(guard.steps(messages), reply)
 
@@ -134,42 +188,64 @@ class GuardedChatModel(Runnable[LanguageModelInput, AIMessage]):
         self.model = model
 
     def invoke(self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any) -> AIMessage:
-        """Answer; keyword arguments go to the model."""
+        """Answer; keyword arguments go to the model.
+
+        Raises:
+            GuardError: No answer passed, and no policy had one.
+            TypeError: The model answered with something else than an ``AIMessage``.
+        """
         # LangChain passes config to whoever takes it, but its annotation knows that of three-argument functions only
-        return self._call_with_config(self._answer, input, config, **kwargs)  # type: ignore[arg-type]
+        return self._call_with_config(self._invoke, input, config, **kwargs)  # type: ignore[arg-type]
 
     async def ainvoke(
         self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
     ) -> AIMessage:
-        """Answer; keyword arguments go to the model."""
-        return await self._acall_with_config(self._aanswer, input, config, **kwargs)  # type: ignore[arg-type]
+        """``invoke`` for an event loop; cancelling it cancels the model's call and the checks under way."""
+        return await self._acall_with_config(self._ainvoke, input, config, **kwargs)  # type: ignore[arg-type]
 
-    def _answer(self, input: LanguageModelInput, config: RunnableConfig, **kwargs: Any) -> AIMessage:
-        quiet = merge_configs(config, {"tags": [UNSTREAMED]})
-        return drive(self.guard, _messages(input), lambda more: self.model.invoke(input, quiet, **{**kwargs, **more}))
+    def _invoke(self, input: LanguageModelInput, config: RunnableConfig, **kwargs: Any) -> AIMessage:
+        def ask(settings: Mapping[str, Any]) -> Any:
+            return self.model.invoke(input, _quiet(config), **{**kwargs, **settings})
 
-    async def _aanswer(self, input: LanguageModelInput, config: RunnableConfig, **kwargs: Any) -> AIMessage:
-        quiet = merge_configs(config, {"tags": [UNSTREAMED]})
-        return await adrive(
-            self.guard, _messages(input), lambda more: self.model.ainvoke(input, quiet, **{**kwargs, **more})
+        return drive(self.guard, _messages(input), ask).message
+
+    async def _ainvoke(self, input: LanguageModelInput, config: RunnableConfig, **kwargs: Any) -> AIMessage:
+        def ask(settings: Mapping[str, Any]) -> Awaitable[Any]:
+            return self.model.ainvoke(input, _quiet(config), **{**kwargs, **settings})
+
+        return (await adrive(self.guard, _messages(input), ask)).message
+
+
+def _quiet(config: RunnableConfig) -> RunnableConfig:
+    return merge_configs(config, {"tags": [UNSTREAMED]})
+
+
+def _open_question(messages: Sequence[BaseMessage]) -> int | None:
+    """Where the user's last message stands; None when it was asked about already, and tools have answered since."""
+    if messages and isinstance(messages[-1], ToolMessage):
+        return None
+    return max((place for place, message in enumerate(messages) if isinstance(message, HumanMessage)), default=None)
+
+
+def _answer(value: Any) -> AIMessage:
+    if not isinstance(value, AIMessage):
+        raise TypeError(
+            f"a guard wraps what answers with an AIMessage, and got {type(value).__name__}. "
+            "Parsers stand behind it: guard.wrap(model) | parser"
         )
+    return value
 
 
-def quiet_copy(model: BaseChatModel) -> BaseChatModel:
-    """The same model with its unchecked tokens kept out of LangGraph's stream of messages."""
-    return model.model_copy(update={"tags": [*(model.tags or []), UNSTREAMED]})
-
-
-def _examine(guard: Guard, exchange: Exchange) -> list[Verdict]:
+def _examine(exchange: Exchange, checks: Sequence[Check]) -> list[Verdict]:
     with ExitStack() as tickets:
-        started = [tickets.enter_context(check.submit(exchange)) for check in guard.checks_of(exchange)]
+        started = [tickets.enter_context(check.submit(exchange)) for check in checks]
         return [ticket.future.result() for ticket in started]
 
 
-async def _aexamine(guard: Guard, exchange: Exchange) -> list[Verdict]:
+async def _aexamine(exchange: Exchange, checks: Sequence[Check]) -> list[Verdict]:
     loop = asyncio.get_running_loop()
     with ExitStack() as tickets:
-        started = [tickets.enter_context(check.submit(exchange, loop=loop)) for check in guard.checks_of(exchange)]
+        started = [tickets.enter_context(check.submit(exchange, loop=loop)) for check in checks]
         return [await asyncio.wrap_future(ticket.future) for ticket in started]
 
 
@@ -179,23 +255,18 @@ def _messages(input: LanguageModelInput) -> list[BaseMessage]:
     return [HumanMessage(input)] if isinstance(input, str) else convert_to_messages(input)
 
 
-def _marked(answer: AIMessage, stage: str, action: str, verdicts: Sequence[Verdict]) -> AIMessage:
-    guard = {"stage": stage, "action": action, **_found(verdicts)}
-    return answer.model_copy(update={"response_metadata": {**answer.response_metadata, "guard": guard}})
-
-
-def _found(verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """What was found against the first answer, or against the user's message."""
-    scores = {verdict.check: verdict.score for verdict in verdicts if verdict.score is not None}
+def _notes(stage: str, action: str, declined: Sequence[str], tried: Sequence[Tried]) -> dict[str, Any]:
+    """A decision in plain values, as metadata and the log hold it; the reasons are those that made somebody act."""
     return {
-        "checks": [verdict.check for verdict in verdicts],
-        "reasons": list(reasons_of(verdicts)),
-        "scores": scores,
+        "stage": stage,
+        "action": action,
+        "declined": [name for name in declined if name != Pass.name],
+        "reasons": list(tried[0].reasons),
+        "tried": [each.summary for each in tried],
     }
 
 
 def _ids() -> dict[str, Any]:
     config = ensure_config()
-    callbacks = config.get("callbacks")
-    run = getattr(callbacks, "parent_run_id", None)
+    run = getattr(config.get("callbacks"), "parent_run_id", None)
     return {"thread": config.get("configurable", {}).get("thread_id"), "run": None if run is None else str(run)}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from langchain_core.messages import AIMessage
+from langchain_core.messages import AIMessage, BaseMessage
 
-from langchain_aisp.guard.core import Guard, adrive, drive, quiet_copy
+from langchain_aisp.guard.core import UNSTREAMED, Decision, Guard, adrive, drive
 
 try:
     from langchain.agents.middleware import AgentMiddleware, ModelRequest, ModelResponse
@@ -16,55 +16,70 @@ except ImportError as missing:
 
 
 class GuardMiddleware(AgentMiddleware[Any, Any, Any]):
-    """Lets an agent's final answers, and with ``Guard(tool_calls=True)`` its tool calls, out only when checked."""
+    """Lets an agent's messages, calls of tools among them, out only when they were checked."""
 
-    def __init__(self, guard: Guard) -> None:
-        """Guard an agent."""
+    def __init__(self, guard: Guard, name: str = "guard") -> None:
+        """Guard an agent.
+
+        Args:
+            guard: The guard.
+            name: Of this middleware; several guards in one agent, the first outermost, need names of their own.
+        """
         super().__init__()
         self.guard = guard
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        """What tells it from other middleware."""
+        return self._name
 
     def wrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
     ) -> ModelResponse[Any]:
-        """Ask through the guard."""
-        seen: list[ModelResponse[Any]] = []
+        """Ask through the guard.
 
-        def ask(settings: Mapping[str, Any]) -> AIMessage:
-            seen.append(handler(_with(request, settings)))
-            return _answer(seen[-1])
+        Raises:
+            GuardError: No answer passed, and no policy had one.
+        """
+        responses: list[ModelResponse[Any]] = []
 
-        return _response(seen, drive(self.guard, _said(request), ask))
+        def ask(settings: Mapping[str, Any]) -> BaseMessage:
+            responses.append(handler(_with(request, settings)))
+            return _answer(responses[-1])
+
+        return _response(responses, drive(self.guard, _said(request), ask))
 
     async def awrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
     ) -> ModelResponse[Any]:
-        """Ask through the guard."""
-        seen: list[ModelResponse[Any]] = []
+        """``wrap_model_call`` for an event loop."""
+        responses: list[ModelResponse[Any]] = []
 
-        async def ask(settings: Mapping[str, Any]) -> AIMessage:
-            seen.append(await handler(_with(request, settings)))
-            return _answer(seen[-1])
+        async def ask(settings: Mapping[str, Any]) -> BaseMessage:
+            responses.append(await handler(_with(request, settings)))
+            return _answer(responses[-1])
 
-        return _response(seen, await adrive(self.guard, _said(request), ask))
+        return _response(responses, await adrive(self.guard, _said(request), ask))
 
 
-def _said(request: ModelRequest[Any]) -> list[Any]:
+def _said(request: ModelRequest[Any]) -> list[BaseMessage]:
     return [*([request.system_message] if request.system_message else []), *request.messages]
 
 
 def _with(request: ModelRequest[Any], settings: Mapping[str, Any]) -> ModelRequest[Any]:
-    return request.override(model=quiet_copy(request.model), model_settings={**request.model_settings, **settings})
+    """The request with settings for the model, whose unchecked tokens stay out of LangGraph's stream of messages."""
+    model = request.model.model_copy(update={"tags": [*(request.model.tags or []), UNSTREAMED]})
+    return request.override(model=model, model_settings={**request.model_settings, **settings})
 
 
-def _answer(response: ModelResponse[Any]) -> AIMessage:
-    [answer, *_] = [message for message in response.result if isinstance(message, AIMessage)]
-    return answer
+def _answer(response: ModelResponse[Any]) -> BaseMessage:
+    """The model's message; behind it may stand the agent's note about a structured answer."""
+    return next(message for message in response.result if isinstance(message, AIMessage))
 
 
-def _response(seen: list[ModelResponse[Any]], answer: AIMessage) -> ModelResponse[Any]:
+def _response(responses: list[ModelResponse[Any]], decision: Decision) -> ModelResponse[Any]:
     """The response that the answer came with, or, for an answer that no model gave, the answer alone."""
-    for response in seen:
-        if _answer(response).content == answer.content and _answer(response).tool_calls == answer.tool_calls:
-            rest = [message for message in response.result if not isinstance(message, AIMessage)]
-            return ModelResponse(result=[answer, *rest], structured_response=response.structured_response)
-    return ModelResponse(result=[answer])
+    came = next((each for each in responses if _answer(each) is decision.answer), ModelResponse([decision.answer]))
+    result = [decision.message if message is decision.answer else message for message in came.result]
+    return ModelResponse(result, came.structured_response)
