@@ -5,18 +5,15 @@ from typing import Any
 import pytest
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 
-from langchain_aisp import AISP, AISPChatModel, ClassifierReward
+from langchain_aisp import AISP, ClassifierReward
 from langchain_aisp.demo import LANGUAGE_MODEL_PATH, REWARD_MODEL_PATH
+from tests.suites import LocalModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")  # the suite measures recordings only
 
 
-class TestStandardIntegration(ChatModelIntegrationTests):
+class TestStandardIntegration(LocalModel, ChatModelIntegrationTests):
     """Tests of images and audio skip themselves: the model reads and writes text."""
-
-    @property
-    def chat_model_class(self) -> type[AISPChatModel]:
-        return AISPChatModel
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
@@ -38,14 +35,5 @@ class TestStandardIntegration(ChatModelIntegrationTests):
         return False
 
     @property
-    def supports_model_override(self) -> bool:
-        return True
-
-    @property
     def model_override_value(self) -> str:
         return str(LANGUAGE_MODEL_PATH)
-
-    @property
-    def enable_vcr_tests(self) -> bool:
-        """Also measure a stream; a local model makes no requests that would have to be recorded."""
-        return True

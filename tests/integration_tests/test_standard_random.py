@@ -10,8 +10,9 @@ import pytest
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
 
-from langchain_aisp import AISP, AISPChatModel, as_reward
+from langchain_aisp import AISP, as_reward
 from tests import tiny
+from tests.suites import LocalModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")  # the suite measures recordings only
 
@@ -30,15 +31,11 @@ def one_call(chat, responses):
     return [(len(response.tool_calls) == 1) - len(response.text) / 1000 for response in responses]
 
 
-class RandomWeights:
+class RandomWeights(LocalModel):
     """What the suites are told of a model."""
 
     family: str
     other: str
-
-    @property
-    def chat_model_class(self) -> type[AISPChatModel]:
-        return AISPChatModel
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
@@ -59,17 +56,8 @@ class RandomWeights:
         return True
 
     @property
-    def supports_model_override(self) -> bool:
-        return True
-
-    @property
     def model_override_value(self) -> str:
         return FOLDERS[self.other]
-
-    @property
-    def enable_vcr_tests(self) -> bool:
-        """Also measure a stream; a local model makes no requests that would have to be recorded."""
-        return True
 
 
 class RandomIntegration(RandomWeights, ChatModelIntegrationTests):
