@@ -20,24 +20,31 @@ from langchain_core.runnables.config import ensure_config
 from langchain_aisp.align import Iteration
 
 EVENT = "aisp_iteration"
+UNSTREAMED = "nostream"  # the tag of a call whose texts LangGraph keeps out of its streams
 
 Manager = TypeVar("Manager", CallbackManager, AsyncCallbackManager)
 
 
 def report(now: Iteration, run_manager: CallbackManagerForLLMRun | None) -> None:
     """Tell callbacks and a LangGraph stream of an iteration, where there are any."""
-    _stream_writer()({EVENT: _news(now)})
     manager = _manager(CallbackManager, run_manager)
+    _stream(now, manager)
     if manager.parent_run_id is not None:
         manager.on_custom_event(EVENT, _news(now), run_id=manager.parent_run_id)
 
 
 async def areport(now: Iteration, run_manager: AsyncCallbackManagerForLLMRun | None) -> None:
     """``report`` for an event loop."""
-    _stream_writer()({EVENT: _news(now)})
     manager = _manager(AsyncCallbackManager, run_manager)
+    _stream(now, manager)
     if manager.parent_run_id is not None:
         await manager.on_custom_event(EVENT, _news(now), run_id=manager.parent_run_id)
+
+
+def _stream(now: Iteration, listeners: CallbackManager | AsyncCallbackManager) -> None:
+    """Write an iteration into LangGraph's custom stream, its text only where the call's texts may be streamed."""
+    news = now.numbers if UNSTREAMED in listeners.tags else _news(now)
+    _stream_writer()({EVENT: news})
 
 
 def _news(now: Iteration) -> dict[str, Any]:

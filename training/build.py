@@ -1,4 +1,9 @@
-"""Rebuilds the demo's tokenizer, language model and reward model from nothing: `python -m training.build`."""
+"""Rebuilds the demo's tokenizer, language model and reward model from nothing: `python -m training.build`.
+
+Two courses: the first teaches both models the shop's conversations; the second shows the reward model what a search
+against it finds, and how answers follow tools. The second starts from the first one's saved pair, so either can be run
+alone.
+"""
 
 import argparse
 import json
@@ -6,50 +11,89 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from copy import deepcopy
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from langchain_aisp.demo import LANGUAGE_MODEL_PATH, REWARD_MODEL_PATH
 from langchain_aisp.demo.scenarios import scenarios
+from langchain_aisp.rewards import ClassifierReward
 from training import language_model, reward_model
-from training.sampling import sample
+from training.sampling import sample, searched
 from training.tokenizer import REWARD_TEMPLATE, train_tokenizer, wrap
 
 RESULTS = Path(__file__).parent / "results"
+FIRST = Path(__file__).parent / "first_course"  # where its pair is kept
 SAMPLED_SCENARIOS, SAMPLES = 384, 8
+SEARCHED_SCENARIOS = 320
 
 
 def main() -> None:
     """Builds everything and replaces the shipped folders."""
     options = _options()
     torch.set_num_threads(1)  # the cores are shared out by the optimiser, one half of each batch per core
-    torch.manual_seed(options.seed)
-    started, cpu = time.monotonic(), time.process_time()
+    RESULTS.mkdir(exist_ok=True)
+    for number, course in enumerate((first_course, second_course), 1):
+        if options.course in (None, number):
+            torch.manual_seed(options.seed)
+            started, cpu = time.monotonic(), time.process_time()
+            record = course(options)
+            wall, busy = (time.monotonic() - started) / 60, (time.process_time() - cpu) / 60
+            record |= {"wall_minutes": round(wall, 1), "cpu_minutes": round(busy, 1), "seed": options.seed}
+            (RESULTS / f"{course.__name__}.json").write_text(json.dumps(record) + "\n")
+            print(f"{course.__name__}: {wall:.1f} minutes, {busy:.1f} of the processor", flush=True)
+
+
+def first_course(options: argparse.Namespace) -> dict[str, object]:
+    """The shop's conversations: a new tokenizer, a new language model, a new reward model."""
     tokenizer = train_tokenizer(options.seed)
-    print(f"tokenizer: {len(tokenizer)} tokens, {time.monotonic() - started:.0f} s", flush=True)
     recipe = language_model.Recipe(steps=options.language_steps, seed=options.seed)
     writer, writer_losses, rows = language_model.train(tokenizer, recipe)
-    save(writer, tokenizer, LANGUAGE_MODEL_PATH)
+    save(writer, tokenizer, FIRST / "language_model")
     cases = scenarios("train", SAMPLED_SCENARIOS, seed=options.seed + 1)
     answers = sample(writer.eval(), tokenizer, [case.messages for case in cases], SAMPLES)
-    print(f"samples: {SAMPLES * len(cases)}, {time.monotonic() - started:.0f} s", flush=True)
     judge_recipe = reward_model.Recipe(steps=options.reward_steps, seed=options.seed)
     judge, judge_losses = reward_model.train(writer, tokenizer, list(zip(cases, answers, strict=True)), judge_recipe)
-    save(judge, wrap(tokenizer.backend_tokenizer, REWARD_TEMPLATE, "right"), REWARD_MODEL_PATH)
-    wall, busy = (time.monotonic() - started) / 60, (time.process_time() - cpu) / 60
-    minutes = {"wall_minutes": round(wall, 1), "cpu_minutes": round(busy, 1)}
-    losses = {"language_losses": _rounded(writer_losses), "reward_losses": _rounded(judge_losses)}
-    _write_log({**vars(options), **minutes, **losses, "language_rows": rows})
-    print(f"done: {minutes}", flush=True)
+    save(judge, wrap(tokenizer.backend_tokenizer, REWARD_TEMPLATE, "right"), FIRST / "reward_model")
+    steps = {"language_steps": options.language_steps, "reward_steps": options.reward_steps, "language_rows": rows}
+    return {**steps, "language_losses": _rounded(writer_losses), "reward_losses": _rounded(judge_losses)}
+
+
+def second_course(options: argparse.Namespace) -> dict[str, object]:
+    """For the reward model: what a search against it finds, and what tools returned. Ships both models."""
+    writer = AutoModelForCausalLM.from_pretrained(FIRST / "language_model", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(FIRST / "language_model")
+    judge = AutoModelForSequenceClassification.from_pretrained(FIRST / "reward_model", dtype=torch.float32)
+    judge_tokenizer = AutoTokenizer.from_pretrained(FIRST / "reward_model")
+    cases = scenarios("train", SEARCHED_SCENARIOS, seed=options.seed + 2)
+    with closing(ClassifierReward(judge, judge_tokenizer)) as reward:
+        answers = searched(writer, tokenizer, reward, [case.messages for case in cases])
+    found = [(case, reward_model.deceiving(case, texts)) for case, texts in zip(cases, answers, strict=True)]
+    recipe = reward_model.Recipe(steps=options.further_steps, seed=options.seed)
+    losses = reward_model.train_further(judge.train(), tokenizer, found, recipe)
+    save(writer, tokenizer, LANGUAGE_MODEL_PATH)
+    save(judge, judge_tokenizer, REWARD_MODEL_PATH)
+    return {"further_steps": options.further_steps, "reward_losses": _rounded(losses)}
+
+
+def _rounded(losses: Sequence[float]) -> list[float]:
+    return [round(loss, 4) for loss in losses]
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Saves in bfloat16 beside the final folder, then puts it in place, so that a reader never sees half of it."""
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
+    fresh.parent.mkdir(exist_ok=True)
     deepcopy(model).to(torch.bfloat16).save_pretrained(fresh)
     tokenizer.save_pretrained(fresh)
     for path in fresh.iterdir():
@@ -61,19 +105,12 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_log(record: dict[str, object]) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "build.json").write_text(json.dumps(record) + "\n")
-
-
-def _rounded(losses: Sequence[float]) -> list[float]:
-    return [round(loss, 4) for loss in losses]
-
-
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--language-steps", type=int, default=5500)
     parser.add_argument("--reward-steps", type=int, default=1500)
+    parser.add_argument("--further-steps", type=int, default=1000)
+    parser.add_argument("--course", type=int, choices=(1, 2), help="only this one; default both")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

@@ -54,14 +54,15 @@ def main() -> None:
     """Measures everything, prints and writes it."""
     torch.manual_seed(0)
     models = Models()
-    build = json.loads((RESULTS / "build.json").read_text())
+    courses = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in ("first_course", "second_course")}
+    first = courses["first_course"]
     plain = Plain(models)
     report = {
         "sizes": sizes(models),
-        "losses": losses(models, build),
-        "build": {key: build[key] for key in ("language_steps", "reward_steps", "wall_minutes", "cpu_minutes")},
+        "losses": losses(models, courses),
+        "build": {f"{name}: {key}": made[key] for name, made in courses.items() for key in made if _is_cost(key)},
         "reward_accuracy_test": reward_accuracy(models, "test"),
-        "samples": plain.frequencies(build["language_rows"], build["seed"]),
+        "samples": plain.frequencies(first["language_rows"], first["seed"]),
         "best_of_n": plain.best_of_n(),
         "plain_answers": plain_answers(models),
     }
@@ -83,15 +84,24 @@ def sizes(models: Models) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def losses(models: Models, build: Mapping[str, list[float]]) -> dict[str, float]:
-    """Losses at the end of the training, and the language model's on all three splits, in nats per answer token."""
+def losses(models: Models, courses: Mapping[str, Mapping[str, list[float]]]) -> dict[str, float]:
+    """Losses at the end of each course, and the language model's on all three splits, in nats per answer token."""
     encoder, rng = Encoder(models.tokenizer), Random(0)
-    found = {name: statistics.mean(build[f"{name}_losses"][-20:]) for name in ("language", "reward")}
+    found = {
+        f"{course}: {key}": statistics.mean(made[key][-20:])
+        for course, made in courses.items()
+        for key in made
+        if key.endswith("_losses")
+    }
     for split in ("train", "dev", "test"):
         cases = scenarios(split, 64, seed=77)
         rows = [encoder.written(case.messages, [compose(case, rng)[0] for _ in range(4)]) for case in cases]
         found[f"language_{split}"] = language_model.loss_of(models.writer, encoder.batch(rows)).item()
     return found
+
+
+def _is_cost(key: str) -> bool:
+    return key.endswith(("_steps", "_minutes"))
 
 
 def reward_accuracy(models: Models, split: str) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Trains the demo's reward model on noisy comparisons (Bradley-Terry); it never sees the checker at work.
 
 A labeller prefers one answer over another with a probability that grows with the weighted difference of their good
-parts. The weights are the labeller's taste; neither the model nor its user knows them.
+parts. The weights are the labeller's taste; neither the model nor its user knows them. A second course shows the model
+what a search against it finds: where it liked what the labeller does not, it learns to know better.
 """
 
 import math
@@ -20,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from langchain_aisp.demo.checker import PARTS, Checks, Scenario, check
 from langchain_aisp.demo.chitchat import chat
 from langchain_aisp.demo.scenarios import Draft, draft, redraw, scenario, sentence
+from training import tools
 from training.optimize import Optimizer
 from training.rows import Batch, Encoder, Judged, Row, batches
 
@@ -29,6 +31,7 @@ SHARPNESS = 3.0  # of the labeller: a difference of one part is judged rightly i
 SMALL_TALK = 0.04
 EARLY, EARLY_LESSONS, LESSONS = 6_500, 0.85, 0.3  # the first rows mostly teach to judge single sentences
 SAMPLED = 0.15  # share of rows with the language model's own answers
+TOOLS, FOUND = 0.2, 0.3  # shares of the second course: answers after tools' results, and what a search finds
 HARD = ("acknowledgement", "action", "policy")  # parts that need the conversation
 VERDICTS = 96  # most comparisons of one row that are judged: about one part apart, where it can be
 JUNK = ("", ".", "???", "asdf asdf asdf", "the the the the the the", "I", "order order order", "lol", "0 0 0 0 0 0")
@@ -127,25 +130,48 @@ def _lesson(encoder: Encoder, rng: Random) -> Row:
     return encoder.judged(case.messages, answers)
 
 
-def comparisons(encoder: Encoder, sampled: Sequence[tuple[Scenario, Sequence[str]]], seed: int) -> Iterator[Row]:
-    """An endless stream; `sampled` holds the language model's own answers to train scenarios."""
+Answered = Sequence[tuple[Scenario, Sequence[str]]]  # train scenarios with the language model's own answers
+
+
+def comparisons(encoder: Encoder, sampled: Answered, seed: int, early: int = EARLY) -> Iterator[Row]:
+    """The endless first course; its first `early` rows mostly teach to judge single sentences."""
     rng = Random(f"reward model/{seed}")
     for index in count():
-        draw, lessons = rng.random(), EARLY_LESSONS if index < EARLY else LESSONS
+        draw, lessons = rng.random(), EARLY_LESSONS if index < early else LESSONS
         if draw < SMALL_TALK:
             yield _small_talk(encoder, rng)
-            continue
-        if draw < SMALL_TALK + lessons:
+        elif draw < SMALL_TALK + lessons:
             yield _lesson(encoder, rng)
-            continue
-        if sampled and draw > 1 - SAMPLED and index >= EARLY:
-            case, texts = rng.choice(sampled)
-            own = [Judged.whole(text, liking(check(case, text))) for text in rng.sample(texts, 4)]
-            answers = own + candidates(case, rng)[:2]
+        elif sampled and draw > 1 - SAMPLED and index >= early:
+            yield _own(encoder, sampled, rng)
         else:
             case = scenario("train", rng)
-            answers = candidates(case, rng)
-        yield encoder.judged(case.messages, answers)
+            yield encoder.judged(case.messages, candidates(case, rng))
+
+
+def _own(encoder: Encoder, answered: Answered, rng: Random) -> Row:
+    """Some of the language model's own answers to one scenario, and two of the generator's."""
+    case, texts = rng.choice(answered)
+    own = [Judged.whole(text, liking(check(case, text))) for text in rng.sample(texts, min(4, len(texts)))]
+    return encoder.judged(case.messages, own + candidates(case, rng)[:2])
+
+
+def further(encoder: Encoder, found: Answered, seed: int) -> Iterator[Row]:
+    """The endless second course: answers after tools' results, answers that a search found, and what is known."""
+    rng = Random(f"reward model, further/{seed}")
+    with_tools, known = tools.judged(encoder, rng), comparisons(encoder, (), seed + 1, early=0)
+    while True:
+        draw = rng.random()
+        if draw < TOOLS:
+            yield next(with_tools)
+        else:
+            yield _own(encoder, found, rng) if draw < TOOLS + FOUND else next(known)
+
+
+def deceiving(case: Scenario, texts: Sequence[str], most: int = 8) -> list[str]:
+    """Of answers in the order of their rewards, the first of each set of good parts: equals are no lesson."""
+    by_parts = {check(case, text): text for text in reversed(texts)}
+    return sorted(by_parts.values(), key=texts.index)[:most]
 
 
 def loss_of(model: LlamaForSequenceClassification, batch: Batch, verdicts: Sequence[tuple[int, int]]) -> Tensor:
@@ -186,21 +212,29 @@ def _sigmoid(value: float) -> float:
 
 
 def train(
-    language_model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    sampled: Sequence[tuple[Scenario, Sequence[str]]],
-    recipe: Recipe,
+    language_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sampled: Answered, recipe: Recipe
 ) -> tuple[LlamaForSequenceClassification, list[float]]:
     """Trains a new reward model; returns it with the loss of every step."""
-    encoder, rng = Encoder(tokenizer), Random(recipe.seed)
-    model = new_model(language_model)
+    encoder, model = Encoder(tokenizer), new_model(language_model)
+    return model, _fit(model, encoder, comparisons(encoder, sampled, recipe.seed), recipe)
+
+
+def train_further(
+    model: LlamaForSequenceClassification, tokenizer: PreTrainedTokenizerFast, found: Answered, recipe: Recipe
+) -> list[float]:
+    """Gives a reward model its second course; returns the loss of every step."""
+    encoder = Encoder(tokenizer)
+    return _fit(model, encoder, further(encoder, found, recipe.seed), recipe)
+
+
+def _fit(model: LlamaForSequenceClassification, encoder: Encoder, rows: Iterator[Row], recipe: Recipe) -> list[float]:
     optimizer = Optimizer(model, recipe.steps, matrix_rate=2e-3, other_rate=1e-3)
-    losses: list[float] = []
+    rng, losses = Random(recipe.seed), []
     started = time.monotonic()
-    stream = batches(comparisons(encoder, sampled, recipe.seed), recipe.tokens, rng)
+    stream = batches(rows, recipe.tokens, rng)
     for step, groups in zip(range(recipe.steps), zip(stream, stream, strict=True), strict=False):
         losses.append(optimizer.step([partial(loss_of, model, encoder.batch(g), _judge(g, rng)) for g in groups]))
         if step % 20 == 19:
             recent = sum(losses[-20:]) / 20
             print(f"reward model: step {step + 1}, loss {recent:.3f}, {time.monotonic() - started:.0f} s", flush=True)
-    return model, losses
+    return losses

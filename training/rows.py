@@ -4,16 +4,16 @@ The conversation is computed once for all its answers. An answer's tokens attend
 predecessors, at the positions they would have alone, so a row trains exactly what separate sequences would train.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from langchain_aisp.demo.checker import Message
+Turn = Mapping[str, Any]  # a message, with "tool_calls" in one that calls
 
 
 class Read(NamedTuple):
@@ -69,11 +69,11 @@ class Encoder:
         self.tokenizer = tokenizer
         self.start, self.end, self.pad = tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|end|>", "<|pad|>"])
 
-    def written(self, messages: Sequence[Message], answers: Sequence[str]) -> Row:
+    def written(self, messages: Sequence[Turn], answers: Sequence[str]) -> Row:
         """Encodes one conversation with answers to write; each closes with `<|end|>`."""
         return Row(self._prompt(messages), tuple((self.start, *self._ids(text), self.end) for text in answers))
 
-    def judged(self, messages: Sequence[Message], answers: Sequence[Judged]) -> Row:
+    def judged(self, messages: Sequence[Turn], answers: Sequence[Judged]) -> Row:
         """Encodes one conversation with answers to judge; their last token is where the reward model is read."""
         coded = [self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True) for text, _ in answers]
         reads = []
@@ -82,7 +82,7 @@ class Encoder:
             reads += [Read(number, tokens[stop], liking) for stop, liking in answer.likings if stop in tokens]
         return Row(self._prompt(messages), tuple((self.start, *code["input_ids"]) for code in coded), tuple(reads))
 
-    def _prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def _prompt(self, messages: Sequence[Turn]) -> tuple[int, ...]:
         prompt = self.tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False)
         assert isinstance(prompt, str)
         return tuple(self._ids(prompt))

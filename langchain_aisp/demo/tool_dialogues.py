@@ -348,9 +348,9 @@ def _shop_tools(asked: Tool | None, split: str, rng: Random) -> tuple[Tool, ...]
 def _no_tool(split: str, rng: Random) -> ToolDialogue:
     """Small talk, though tools are at hand."""
     name, says, answer = chat(rng)
-    others = [other for other in (chat(rng) for _ in range(2)) if other[0] != name]
+    other = next(talk[2] for talk in iter(lambda: chat(rng), None) if talk[0] != name)
     messages: tuple[Message, ...] = ({"role": "user", "content": says},)
-    return ToolDialogue(_shop_tools(None, split, rng), messages, (answer,), tuple(other[2] for other in others))
+    return ToolDialogue(_shop_tools(None, split, rng), messages, (answer,), (other,))
 
 
 def _incomplete(split: str, rng: Random) -> ToolDialogue:

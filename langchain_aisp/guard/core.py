@@ -30,10 +30,8 @@ from langchain_aisp.guard.policies import (
     Steps,
     Tried,
 )
+from langchain_aisp.progress import UNSTREAMED
 from langchain_aisp.types import aanswered, answered, require
-
-UNSTREAMED = "nostream"
-"""The tag by which LangGraph keeps a model's tokens, here unchecked ones, out of its stream of messages."""
 
 
 @dataclass(frozen=True)

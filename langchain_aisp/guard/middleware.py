@@ -7,7 +7,8 @@ from typing import Any
 
 from langchain_core.messages import AIMessage, BaseMessage
 
-from langchain_aisp.guard.core import UNSTREAMED, Decision, Guard, adrive, drive
+from langchain_aisp.guard.core import Decision, Guard, adrive, drive
+from langchain_aisp.progress import UNSTREAMED
 
 try:
     from langchain.agents.middleware import AgentMiddleware, ModelRequest, ModelResponse
@@ -68,7 +69,7 @@ def _said(request: ModelRequest[Any]) -> list[BaseMessage]:
 
 
 def _with(request: ModelRequest[Any], settings: Mapping[str, Any]) -> ModelRequest[Any]:
-    """The request with settings for the model, whose unchecked tokens stay out of LangGraph's stream of messages."""
+    """The request with settings for the model, whose unchecked texts stay out of LangGraph's streams."""
     model = request.model.model_copy(update={"tags": [*(request.model.tags or []), UNSTREAMED]})
     return request.override(model=model, model_settings={**request.model_settings, **settings})
 

@@ -395,6 +395,22 @@ def test_a_guarded_model_in_a_graph_streams_checked_text_only():
     assert "".join(streamed) == SAFE.text
 
 
+@pytest.mark.parametrize("face", ["node", "agent"])
+def test_a_guarded_search_streams_its_numbers_and_no_unchecked_text(face):
+    chat = AISPChatModel(engine=ToyEngine(), reward=short, method=BestOfN(4), max_tokens=6, seed=1)
+    guard = Guard([LeastReward(short, 1.0)], [SAFE])
+    if face == "agent":
+        bot = create_agent(chat, middleware=[GuardMiddleware(guard)])
+    else:
+        graph = StateGraph(MessagesState)
+        graph.add_node("answer", lambda state: {"messages": [guard.wrap(chat).invoke(state["messages"])]})
+        graph.add_edge(START, "answer")
+        bot = graph.compile()
+    streamed = list(bot.stream({"messages": "Hi"}, stream_mode="custom"))
+    assert [part["aisp_iteration"]["samples"] for part in streamed] == [4]
+    assert "text" not in streamed[0]["aisp_iteration"]
+
+
 # Agents
 
 

@@ -1,0 +1,95 @@
+"""The code that trains the demo's models: rows hold what they promise, and a step of each course teaches something."""
+
+from random import Random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from langchain_aisp.demo import LANGUAGE_MODEL_PATH, REWARD_MODEL_PATH, check, draft, redraw, scenarios
+from training import language_model, reward_model
+from training.rows import Encoder, Judged
+
+CASE = scenarios("train", 1, seed=4)[0]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(LANGUAGE_MODEL_PATH)
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer):
+    return Encoder(tokenizer)
+
+
+@pytest.fixture
+def writer():
+    return AutoModelForCausalLM.from_pretrained(LANGUAGE_MODEL_PATH, dtype=torch.float32)
+
+
+@pytest.fixture
+def judge():
+    return AutoModelForSequenceClassification.from_pretrained(REWARD_MODEL_PATH, dtype=torch.float32)
+
+
+def answers(count: int) -> list[str]:
+    rng = Random(3)
+    return [draft(CASE, rng).text for _ in range(count)]
+
+
+def test_several_answers_in_one_row_are_learnt_like_separate_ones(writer, encoder):
+    texts = answers(3)
+    together = encoder.batch([encoder.written(CASE.messages, texts)])
+    apart = [encoder.batch([encoder.written(CASE.messages, [text])]) for text in texts]
+    sizes = [int((batch.targets != -100).sum()) for batch in apart]
+    with torch.inference_mode():
+        separate = sum(language_model.loss_of(writer, b) * n for b, n in zip(apart, sizes, strict=True)) / sum(sizes)
+        torch.testing.assert_close(language_model.loss_of(writer, together), separate, atol=1e-4, rtol=1e-4)
+
+
+def test_a_judge_reads_in_a_row_what_it_reads_through_its_template(judge, encoder):
+    texts = answers(3)
+    batch = encoder.batch([encoder.judged(CASE.messages, [Judged.whole(text, 0.0) for text in texts])])
+    reader = AutoTokenizer.from_pretrained(REWARD_MODEL_PATH)
+    chats = [[*map(dict, CASE.messages), {"role": "assistant", "content": text}] for text in texts]
+    with torch.inference_mode():
+        packed = reward_model.rewards_of(judge, batch)
+        plain = [
+            judge(**reader(reader.apply_chat_template(chat, tokenize=False), return_tensors="pt")).logits[0, 0]
+            for chat in chats
+        ]
+    torch.testing.assert_close(packed, torch.stack(plain), atol=1e-3, rtol=1e-3)
+
+
+def test_of_answers_with_equal_parts_only_the_best_liked_is_shown_again():
+    rng = Random(0)
+    good = draft(CASE, rng, good=1.0)
+    again, worse = draft(CASE, rng, good=1.0), redraw(CASE, good, "action", False, rng)
+    assert check(CASE, good.text) == check(CASE, again.text) != check(CASE, worse.text)
+    assert reward_model.deceiving(CASE, [worse.text, good.text, again.text]) == [worse.text, good.text]
+
+
+def test_the_labeller_errs_seldom_and_more_often_where_it_is_hard(encoder):
+    row = encoder.judged(CASE.messages, [Judged.whole(text, liking) for text, liking in (("a", 0.0), ("b", 1.0))])
+    easy = encoder.judged(CASE.messages, [Judged.whole(text, liking) for text, liking in (("a", 0.0), ("b", 4.0))])
+    rng = Random(0)
+
+    def errors(row):
+        return sum(chosen == 0 for _ in range(400) for chosen, _ in reward_model._judge([row], rng))
+
+    assert 5 <= errors(row) <= 40  # about one in twenty
+    assert errors(easy) == 0
+
+
+def test_a_judge_starts_from_the_language_model_and_learns_in_both_courses(writer, tokenizer):
+    recipe = reward_model.Recipe(steps=2, tokens=400)
+    own = [(CASE, answers(4))]
+    judge, losses = reward_model.train(writer, tokenizer, own, recipe)
+    first = judge.model.layers[0].self_attn.q_proj.weight
+    assert not torch.equal(first, writer.model.layers[0].self_attn.q_proj.weight)
+    torch.testing.assert_close(first, writer.model.layers[0].self_attn.q_proj.weight, atol=0.05, rtol=0)
+    assert losses[0] == pytest.approx(0.693, abs=1e-3)  # the head starts at zero, so nothing is preferred yet
+    before = judge.score.weight.clone()
+    assert len(reward_model.train_further(judge, tokenizer, own, recipe)) == 2
+    assert not torch.equal(before, judge.score.weight)
