@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 DEMO ?=
+BENCH ?= quality speed grammar concurrency scaling memory
 TESTS ?= tests
 PYTEST_WORKERS ?= 2
 
@@ -30,9 +31,9 @@ format: $(VENV)/.installed-dev ## Rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed ## Measure quality and speed
-	$(BIN)/python -m benchmarks.quality
-	$(BIN)/python -m benchmarks.speed
+# benchmarks.gpu is not among them: it needs a GPU (--shape tiny shows that it works).
+bench: $(VENV)/.installed ## Measure quality, speed and more into benchmarks/results (BENCH="speed memory" narrows it)
+	for name in $(BENCH); do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 demo-models: $(VENV)/.installed ## Train the demo's language and reward model anew
 	$(BIN)/python -m training.build

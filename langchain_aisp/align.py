@@ -20,6 +20,7 @@ from torch import Tensor
 
 from langchain_aisp.types import (
     Chat,
+    Deciding,
     Engine,
     Info,
     Method,
@@ -35,7 +36,7 @@ from langchain_aisp.types import (
     require,
 )
 
-Stopped = Literal["iterations", "samples", "seconds", "target_reward", "patience"]
+Stopped = Literal["iterations", "finished", "samples", "seconds", "target_reward", "patience"]
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class Aligned:
     Attributes:
         method: Name of the method.
         prompt: What was answered.
-        candidates: Every decoded response, the best first.
+        candidates: Every decoded response, the best first; before the others those that the method calls answers.
         trace: One record per iteration.
         stopped: The limit that ended the search.
     """
@@ -278,7 +279,7 @@ def search(
 
         state, info = method.update(state, wave, rollouts, rewards)
         candidates += _candidates(len(trace), rollouts, rewards)
-        best = min(candidates, key=lambda candidate: candidate.rank)
+        best = min(candidates, key=_order(state))
         now = Iteration(
             iteration=len(trace),
             best=best.reward,
@@ -293,9 +294,22 @@ def search(
         )
         trace.append(now)
         yield now
-        stopped = budget.reason_to_stop(now, best) or ("iterations" if len(trace) == method.iterations else None)
-    ranked = sorted(candidates, key=lambda candidate: candidate.rank)
+        stopped = budget.reason_to_stop(now, best) or _end(method, state, now)
+    ranked = sorted(candidates, key=_order(state))
     return Aligned(method.name, problem.prompt, tuple(ranked), tuple(trace), stopped)
+
+
+def _order(state: object) -> Callable[[Candidate], tuple[bool, tuple[bool, float, int, int]]]:
+    """Sorts the best first: what the method calls an answer, if it does so, before anything else."""
+    answers = state.answers if isinstance(state, Deciding) else frozenset()
+    return lambda candidate: ((candidate.iteration, candidate.row) not in answers, candidate.rank)
+
+
+def _end(method: Method[Any], state: object, now: Iteration) -> Stopped | None:
+    """Whether the method has come to its end."""
+    if isinstance(state, Deciding) and state.finished:
+        return "finished"
+    return "iterations" if now.iteration + 1 == method.iterations else None
 
 
 def first_rows(wave: Wave, count: int) -> Wave:

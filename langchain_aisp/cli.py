@@ -1,4 +1,4 @@
-"""The command line: ``ask`` answers one message, ``demo`` shows what a search gains over plain sampling."""
+"""The command line: ``ask`` answers one message, ``demo`` shows what a search gains, ``profile`` where time goes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
 
 from transformers.utils.logging import disable_progress_bar
 
-from langchain_aisp import __version__
-from langchain_aisp.align import Aligned, Budget, Iteration, iterate
+from langchain_aisp import __version__, profiling
+from langchain_aisp.align import Aligned, Budget, Iteration, Settings, iterate
 from langchain_aisp.demo import REWARD_MODEL_PATH, Scenario, gold_reward, scenarios
 from langchain_aisp.engine import TransformersEngine
 from langchain_aisp.methods import AISP, BestOfN
@@ -29,6 +30,9 @@ try:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
     from rich.text import Text
+
+    from langchain_aisp import fitting_command
+    from langchain_aisp.evaluation import commands as evaluation_commands
 except ImportError as missing:  # not an ImportError again: a command should end with one line, not with a traceback
     raise SystemExit(f"{missing}. The command line needs an extra: pip install 'langchain-aisp[cli]'") from missing
 
@@ -54,6 +58,9 @@ class MethodName(StrEnum):
 
 
 Model = Annotated[str, typer.Option(help="Model id, folder, or 'demo' for the model that comes with the package.")]
+RewardName = Annotated[
+    str | None, typer.Option(help="module:function, or a reward model; needed unless the model is 'demo'.")
+]
 Samples = Annotated[int, typer.Option(min=1, help="Responses that a search may decode in all.")]
 Iterations = Annotated[int, typer.Option(min=1, help="Waves that share the samples; at most one per sample.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")]
@@ -126,9 +133,7 @@ def ask(
     message: Annotated[str, typer.Argument(help="What to answer.")],
     model: Model = "demo",
     method: Annotated[MethodName, typer.Option(help="How to search.")] = MethodName.AISP,
-    reward: Annotated[
-        str | None, typer.Option(help="module:function, or a reward model; needed unless the model is 'demo'.")
-    ] = None,
+    reward: RewardName = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     samples: Samples = AISP.samples,
     iterations: Iterations = AISP.iterations,
@@ -146,6 +151,31 @@ def ask(
     found = Outcome(method, session.search(method, build_method(method, samples, iterations), chat, budget))
     out.print(Panel(escape(found.answer), title="answer", title_align="left", border_style="green"))
     out.print(numbers([found]))
+
+
+@app.command()
+def profile(
+    message: Annotated[str, typer.Argument(help="What to answer.")],
+    model: Model = "demo",
+    method: Annotated[MethodName, typer.Option(help="How to search.")] = MethodName.AISP,
+    reward: RewardName = None,
+    samples: Samples = AISP.samples,
+    iterations: Iterations = AISP.iterations,
+    max_tokens: MaxTokens = 96,
+    temperature: Temperature = 1.0,
+    seed: Seed = 0,
+    trace: Annotated[Path | None, typer.Option(help="Write every operation to this file as a Chrome trace.")] = None,
+) -> None:
+    """Show where the time of one request goes."""
+    session = open_session(model, reward, max_tokens, temperature, seed)
+    profiling.warm_up(session.engine, session.reward)
+    chat = [{"role": "user", "content": message}]
+    settings: Settings = {"sampling": session.sampling, "seed": seed}
+    with profiling.tracing(trace):
+        found = profiling.profile_request(
+            session.engine, session.reward, build_method(method, samples, iterations), chat, **settings
+        )
+    out.print(profiling.table(found))
 
 
 @app.command()
@@ -294,6 +324,10 @@ def sparkline(values: Sequence[float], low: float, high: float) -> str:
     """The values as bars between ``low`` and ``high``."""
     steps = len(BARS) - 1
     return "".join(BARS[round(steps * (value - low) / (high - low))] if high > low else BARS[-1] for value in values)
+
+
+evaluation_commands.register(app)
+fitting_command.register(app)
 
 
 def main() -> None:

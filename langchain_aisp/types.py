@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Generic, Literal, Protocol, TypeVar, cast
+from typing import Any, Generic, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ Chat = Sequence[Mapping[str, Any]]
 """A conversation: dicts with at least ``role`` and ``content``, as chat templates take them."""
 
 FinishReason = Literal["stop", "length", "timeout"]
-Observable = Literal["base_logprobs", "alternatives", "scores"]
+Observable = Literal["base_logprobs", "alternatives", "scores", "prelogits"]
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -131,7 +131,8 @@ class Wave:
         steering: Offsets to the pre-logits, or None.
         observe: Extras that cost time: ``base_logprobs`` (log-probability of each drawn token under the unsteered
             model at temperature 1, among the tokens allowed at its position), ``alternatives`` (its likeliest tokens
-            per position), ``scores`` (gradient of that log-probability by the pre-logits).
+            per position), ``scores`` (gradient of that log-probability by the pre-logits), ``prelogits`` (what the
+            model's head is given at each position, before any steering).
         forced: Nothing is drawn: each row says the rest of its prefix, up to the first -1, and ends, so that given
             responses can be observed.
     """
@@ -185,7 +186,7 @@ class Rollouts:
         sampled_tokens: Tokens that were decoded for this wave, kept prefixes not counted.
         observed: What the wave asked to observe, on the CPU, defined at the decoded positions (from ``cut`` on):
             ``base_logprobs`` [N, L]; ``alternatives`` [N, L, K] token ids with ``alternative_logprobs`` [N, L, K];
-            ``scores`` [N, L, D].
+            ``scores`` and ``prelogits`` [N, L, D] float32.
     """
 
     tokens: Tensor
@@ -322,6 +323,22 @@ class Method(Protocol[StateT]):
 
     def update(self, state: StateT, wave: Wave, rollouts: Rollouts, rewards: Tensor) -> tuple[StateT, Info]:
         """Learn from a wave's rewards [N]."""
+
+
+@runtime_checkable
+class Deciding(Protocol):
+    """A state that tells how its search stands; for methods whose rows are not all answers, or that end by themselves.
+
+    Without it every response may be the answer, and the search ends after ``Method.iterations`` waves.
+    """
+
+    @property
+    def answers(self) -> frozenset[tuple[int, int]]:
+        """Iteration and row of the responses that stand as answers so far; when there are none, all of them do."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to propose."""
 
 
 class ContextLengthError(ValueError):

@@ -105,7 +105,11 @@ class ToyEngine:
         rows_of_wave, most = wave.keys.shape
         tokens = torch.where(torch.arange(most) < wave.cut.unsqueeze(1), wave.prefix, -1)
         lengths = wave.cut.clone()
-        reasons = [self.reason(row[:length].tolist(), wave) for row, length in zip(tokens, lengths, strict=True)]
+        limits = ((wave.prefix >= 0).sum(dim=1) if wave.forced else torch.full_like(lengths, most)).tolist()
+        reasons = [
+            self.reason(row[:length].tolist(), wave, limit)
+            for row, length, limit in zip(tokens, lengths, limits, strict=True)
+        ]
         observed = self.blank(wave)
         while None in reasons:
             if cancelled is not None and cancelled.is_set():
@@ -122,11 +126,13 @@ class ToyEngine:
                 seen = None if wave.steering.open_loop else hidden
                 steered = hidden + wave.steering.offset(rows, positions, keys, seen)
             drawn = self.draw(self.logits(steered, positions, wave.sampling), keys, wave.sampling)
-            self.observe(observed, rows, positions, self.logits(hidden, positions, wave.sampling), drawn)
+            if wave.forced:
+                drawn = wave.prefix[rows, positions]
+            self.observe(observed, rows, positions, hidden, self.logits(hidden, positions, wave.sampling), drawn)
             tokens[rows, positions] = drawn
             lengths[rows] += 1
             for row in rows.tolist():
-                reasons[row] = self.reason(tokens[row, : lengths[row]].tolist(), wave)
+                reasons[row] = self.reason(tokens[row, : lengths[row]].tolist(), wave, limits[row])
         responses = tuple(
             Response(self.text(row[:length].tolist(), wave.sampling.stop), reason)  # type: ignore[arg-type]
             for row, length, reason in zip(tokens, lengths, reasons, strict=True)
@@ -163,14 +169,21 @@ class ToyEngine:
             "alternatives": torch.full((rows, most, self.alternatives), -1),
             "alternative_logprobs": torch.full((rows, most, self.alternatives), torch.nan),
             "scores": torch.full((rows, most, self.width), torch.nan),
+            "prelogits": torch.full((rows, most, self.width), torch.nan),
         }
         asked = set(wave.observe) | ({"alternative_logprobs"} if "alternatives" in wave.observe else set())
         return {name: blank for name, blank in blanks.items() if name in asked}
 
     def observe(
-        self, observed: dict[str, Tensor], rows: Tensor, positions: Tensor, logits: Tensor, drawn: Tensor
+        self,
+        observed: dict[str, Tensor],
+        rows: Tensor,
+        positions: Tensor,
+        hidden: Tensor,
+        logits: Tensor,
+        drawn: Tensor,
     ) -> None:
-        """Fill in what was asked for at the positions just decoded, from the unsteered logits [r, V]."""
+        """Fill in what was asked for at the positions just decoded, from what is unsteered: [r, D] and [r, V]."""
         logprobs = logits.log_softmax(dim=-1)
         best = logprobs.topk(self.alternatives, dim=-1)
         seen = {
@@ -178,16 +191,17 @@ class ToyEngine:
             "alternatives": best.indices,
             "alternative_logprobs": best.values,
             "scores": self.weight[drawn] - logprobs.exp() @ self.weight,
+            "prelogits": hidden,
         }
         for name, tensor in observed.items():
             tensor[rows, positions] = seen[name]
 
-    def reason(self, tokens: Sequence[int], wave: Wave) -> str | None:
-        """Why a row ends after these tokens; None while it goes on."""
+    def reason(self, tokens: Sequence[int], wave: Wave, limit: int) -> str | None:
+        """Why a row that may have ``limit`` tokens ends after these; None while it goes on."""
         text = self.text(tokens, ())
         if (tokens and tokens[-1] == END) or any(stop in text for stop in wave.sampling.stop):
             return "stop"
-        return "length" if len(tokens) == wave.keys.shape[1] else None
+        return "length" if len(tokens) == limit else None
 
     def text(self, tokens: Sequence[int], stop: Sequence[str]) -> str:
         """The letters of the tokens, up to the first stop string."""
@@ -283,3 +297,9 @@ def outcome(played: Iterator[tuple[Any, Any]]) -> Aligned:
     *_, (aligned, _) = played
     assert isinstance(aligned, Aligned)
     return aligned
+
+
+def waves_of(method: Method[Any], **settings: Any) -> list[tuple[Wave, Rollouts]]:
+    """A whole search for "badge" in ten letters, as its waves and what was decoded for them."""
+    played = play(method, ToyEngine(), spells("badge"), Sampling(max_tokens=10), **settings)
+    return [(request, answer) for request, answer in played if isinstance(request, Wave)]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -36,14 +37,35 @@ class Store(Protocol):
 
 
 class Cache(Protocol):
-    """How one model remembers; ``ragged`` tells whether rows of one store may have different lengths."""
+    """How one model remembers.
+
+    Attributes:
+        name: Short name for logs.
+        ragged: Whether rows of one store may have different lengths.
+        divisible: Whether what was read of a prompt serves its beginnings, too.
+        device: Where the model wants its token ids.
+    """
 
     name: str
     ragged: bool
+    divisible: bool
     device: torch.device
 
-    def prefill(self, ids: Sequence[int]) -> Any:
-        """Read a prompt (perhaps empty) once; what comes back is passed to ``open``. One forward pass at most."""
+    def prefill(self, ids: Sequence[int], begun: Any = None, common: int = 0) -> Any:
+        """Read a prompt (perhaps empty) once; what comes back is passed to ``open``.
+
+        Args:
+            ids: The prompt.
+            begun: What ``prefill`` returned for a prompt that begins with the same ``common`` tokens, all of it unless
+                the cache is divisible. Those tokens need not be read again. It stays as it is.
+            common: Number of those tokens.
+        """
+
+    def size(self, prompt: Any) -> int:
+        """Bytes that what ``prefill`` returned takes."""
+
+    def row_bytes(self, prompt: int, response: int) -> int:
+        """Bytes that a row will take in a store once it has so many tokens; what rows share is not counted."""
 
     def open(self, prompt: Any, chains: Sequence[Sequence[int]], parents: Tensor, kept: Tensor) -> Store:
         """Rows that continue the prompt.
@@ -120,6 +142,7 @@ class ExpandedCache:
 
     name = "expanded"
     ragged = False
+    divisible = False
 
     def __init__(self, model: PreTrainedModel, most: int | None = None) -> None:
         """Take a model whose ``forward`` accepts a transformers cache; raise ``Unsuited`` otherwise.
@@ -137,13 +160,35 @@ class ExpandedCache:
             raise Unsuited("its forward accepts no transformers cache")
         if most is None and is_recurrent(model) and model.dtype != torch.float32:
             raise Unsuited("its recurrent layers may start anew on several tokens, which only float32 would show")
+        self._first_token_bytes, self._token_bytes = self._measure()
 
-    def prefill(self, ids: Sequence[int]) -> tuple[int, Any]:
-        """Read a prompt (perhaps empty) once."""
-        cache = DynamicCache(config=self._model.config)
-        if ids:
-            self._run(torch.tensor([ids], device=self.device), torch.arange(len(ids), device=self.device)[None], cache)
+    @torch.inference_mode()
+    def _measure(self) -> tuple[int, int]:
+        """Bytes of a text of one token, the state of recurrent layers with it, and of each further token."""
+        one, two = (self.size(self.prefill([0] * length)) for length in (1, 2))
+        return one, two - one
+
+    def prefill(self, ids: Sequence[int], begun: tuple[int, Any] | None = None, common: int = 0) -> tuple[int, Any]:
+        """Read a prompt (perhaps empty) from its token ``common`` on, see ``Cache``.
+
+        Other pieces than the whole round differently: what was remembered may move a logit's last bits.
+        """
+        if begun is None or self._most == 1:  # a recurrent layer that starts anew: sooner the whole than one by one
+            cache, common = DynamicCache(config=self._model.config), 0
+        else:
+            cache = copy.deepcopy(begun[1])
+        if len(ids) > common:
+            positions = torch.arange(common, len(ids), device=self.device)
+            self._run(torch.tensor([ids[common:]], device=self.device), positions[None], cache)
         return len(ids), cache
+
+    def size(self, prompt: tuple[int, Any]) -> int:
+        """Bytes that a prompt takes."""
+        return sum(_bytes_of(layer) for layer in prompt[1].layers)
+
+    def row_bytes(self, prompt: int, response: int) -> int:
+        """Bytes of a row with its own copy of the prompt; sliding windows may keep less."""
+        return self._first_token_bytes + (prompt + response) * self._token_bytes
 
     def open(
         self, prompt: tuple[int, Any], chains: Sequence[Sequence[int]], parents: Tensor, kept: Tensor
@@ -173,6 +218,12 @@ class ExpandedCache:
         return logits[:, -1]
 
 
+def _bytes_of(layer: Any) -> int:
+    """Bytes of all tensors that a layer of a transformers cache holds, states of recurrent ones too."""
+    held = [part for value in vars(layer).values() for part in (value.values() if isinstance(value, dict) else [value])]
+    return sum(part.nbytes for part in held if isinstance(part, Tensor))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Nothing remembered
 
@@ -194,15 +245,24 @@ class NoCache:
 
     name = "none"
     ragged = False
+    divisible = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Take any model."""
         self._run = Runner(model)
         self.device = input_device(model)
 
-    def prefill(self, ids: Sequence[int]) -> tuple[int, ...]:
+    def prefill(self, ids: Sequence[int], begun: tuple[int, ...] | None = None, common: int = 0) -> tuple[int, ...]:
         """Nothing is read yet."""
         return tuple(ids)
+
+    def size(self, prompt: tuple[int, ...]) -> int:
+        """Bytes that a prompt takes."""
+        return sys.getsizeof(prompt)
+
+    def row_bytes(self, prompt: int, response: int) -> int:
+        """Only token ids stay; what reading a text takes for a moment nobody knows."""
+        return 8 * (prompt + response)
 
     def open(
         self, prompt: tuple[int, ...], chains: Sequence[Sequence[int]], parents: Tensor, kept: Tensor

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from langchain_aisp import noise
 from langchain_aisp.engine.cache import Cache
 from langchain_aisp.engine.grammar import Grammars, Matchers
+from langchain_aisp.engine.memory import ALTERNATIVES
 from langchain_aisp.sampling import draw
-from langchain_aisp.types import FinishReason, Wave
+from langchain_aisp.types import FinishReason, Observable, Wave
 
-ALTERNATIVES = 32  # likeliest tokens kept per position when a wave observes "alternatives"
+if TYPE_CHECKING:
+    from langchain_aisp.engine.graphs import StepGraphs
+
 _ROW_MULTIPLE = 4  # a CPU's matrix products give a row the same bits for any count of rows from four on
 _REASONS: tuple[FinishReason, ...] = ("stop", "length", "timeout")
 
@@ -89,7 +92,7 @@ class Rows:
     """
 
     def __init__(
-        self, wave: Wave, index: Tensor, cache: Cache, prompt: Any, vocabulary: Vocabulary, context: int
+        self, wave: Wave, index: Tensor, cache: Cache, prompt: Any, vocabulary: Vocabulary, context: int, width: int
     ) -> None:
         """Lay out the rows ``index`` [n] of a wave and read what they keep.
 
@@ -100,6 +103,7 @@ class Rows:
             prompt: What ``cache.prefill`` made of all prompt tokens but the last.
             vocabulary: Allowed and ending tokens.
             context: Longest text of the model, in tokens.
+            width: D, the width of the pre-logits.
         """
         device = cache.device
         self.wave, self.index, self.vocabulary = wave, index, vocabulary
@@ -129,7 +133,7 @@ class Rows:
         self.live = (self.reason < 0).nonzero().squeeze(1)
         self.store: Any = self._open(cache, prompt) if len(self.live) else None
         self.matchers = self._open_matchers()
-        self.observed = self._room_for_observations()
+        self.observed = self._room_for_observations(width)
         self.error: Exception | None = None  # a steering or grammar that raised spoils its own wave alone
 
     def __len__(self) -> int:
@@ -149,7 +153,7 @@ class Rows:
     @property
     def observes_base(self) -> bool:
         """Whether the unsteered logits are wanted beside the steered ones."""
-        return bool(self.wave.observe)
+        return bool(self.wave.observe - {"prelogits"})
 
     def feed(self) -> tuple[Any, Tensor, Tensor]:
         """Store, next input tokens [r] and their absolute positions [r]."""
@@ -168,14 +172,20 @@ class Rows:
         early = self.position < self.sampling.min_tokens
         return early[:, None] & self.vocabulary.ends if bool(early.any()) else None
 
-    def offset(self, hidden: Tensor) -> Tensor:
-        """What the wave's steering adds to the pre-logits [r, D] of the live rows."""
+    def see(self, hidden: Tensor) -> None:
+        """Observe the model's own pre-logits [r, D] of the live rows, if they are wanted."""
+        if "prelogits" in self.observed:
+            active = self.reason[self.live] < 0
+            live = self.live[active]
+            self.observed["prelogits"][live, self.length[live]] = hidden[active].float()
+
+    def offset(self, hidden: Tensor | None) -> Tensor:
+        """What the wave's steering adds to the pre-logits [r, D] of the live rows; None will do for an open loop."""
         assert self.steering is not None
         position = self.position
         keys = self.keys[self.live].gather(1, position[:, None].clamp(max=self.keys.shape[1] - 1)).squeeze(1)
-        offset = self.steering.offset(
-            self.rows[self.live], position, keys, None if self.steering.open_loop else hidden.float()
-        )
+        seen = None if hidden is None or self.steering.open_loop else hidden.float()
+        offset = self.steering.offset(self.rows[self.live], position, keys, seen)
         if not bool(offset.isfinite().all()):
             message = f"{type(self.steering).__name__} gave an offset that is not finite"
             raise FloatingPointError(message)
@@ -263,11 +273,14 @@ class Rows:
             if self.matchers is not None:
                 self.matchers.select(places.tolist())
 
-    def _room_for_observations(self) -> dict[str, Tensor]:
+    def _room_for_observations(self, width: int) -> dict[str, Tensor]:
         rows, length = self.tokens.shape
         kept = min(ALTERNATIVES, len(self.vocabulary.ends))
         room = self.tokens.new_zeros
-        observed: dict[str, Tensor] = {}
+        wide: tuple[Observable, ...] = ("scores", "prelogits")
+        observed: dict[str, Tensor] = {
+            name: room((rows, length, width), dtype=torch.float32) for name in wide if name in self.wave.observe
+        }
         if "base_logprobs" in self.wave.observe:
             observed["base_logprobs"] = room((rows, length), dtype=torch.float32)
         if "alternatives" in self.wave.observe:
@@ -283,11 +296,8 @@ class Rows:
             values, ids = logprobs.topk(self.observed["alternatives"].shape[-1], dim=-1)
             self.observed["alternatives"][live, position] = ids
             self.observed["alternative_logprobs"][live, position] = values
-        if "scores" in self.wave.observe:
-            scores = head.gradient(tokens, base)
-            if "scores" not in self.observed:
-                self.observed["scores"] = scores.new_zeros((*self.tokens.shape, scores.shape[-1]))
-            self.observed["scores"][live, position] = scores
+        if "scores" in self.observed:
+            self.observed["scores"][live, position] = head.gradient(tokens, base)
 
 
 def maximal_chains(chains: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:
@@ -310,20 +320,23 @@ def split(wave: Wave, cache: Cache, most: int) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def decode_step(cache: Cache, head: SteeredHead, batch: Sequence[Rows]) -> None:
+def decode_step(cache: Cache, head: SteeredHead, batch: Sequence[Rows], graphs: StepGraphs | None = None) -> None:
     """Give every live row of the batch its next token: in one forward pass if the cache can, else one per part."""
     for together in [batch] if cache.ragged else [[rows] for rows in batch]:
-        _forward(cache, head, together)
+        _forward(cache, head, together, graphs)
 
 
-def _forward(cache: Cache, head: SteeredHead, batch: Sequence[Rows]) -> None:
+def _forward(cache: Cache, head: SteeredHead, batch: Sequence[Rows], graphs: StepGraphs | None) -> None:
     count = sum(map(len, batch))
-    padding = -count % _ROW_MULTIPLE if cache.ragged else 0
     both = any(rows.observes_base and rows.steering is not None for rows in batch)
-    with head.editing(lambda hidden: _steer(hidden, batch, both)):
-        logits = cache.step([rows.feed() for rows in batch], padding).float()
+    logits = None if graphs is None or len(batch) > 1 else _replay(graphs, batch[0], both)
+    if logits is None:
+        padding = -count % _ROW_MULTIPLE if cache.ragged else 0
+        with head.editing(lambda hidden: _steer(hidden, batch, both)):
+            logits = cache.step([rows.feed() for rows in batch], padding)
+    padding = len(logits) // (1 + both) - count
     vocabulary = batch[0].vocabulary
-    logits = logits + vocabulary.forbidden
+    logits = logits.float() + vocabulary.forbidden
     steered, base = logits[:count], logits[count + padding :][:count] if both else logits[:count]
     for rows, here in _places(batch):
         _forbid(rows, steered[here], base[here])
@@ -333,6 +346,24 @@ def _forward(cache: Cache, head: SteeredHead, batch: Sequence[Rows]) -> None:
         raise FloatingPointError(message)
     for rows, here in list(_places(batch)):  # accepting drops rows
         rows.accept(tokens[here], base[here] if rows.observes_base else None, head)
+
+
+def _replay(graphs: StepGraphs, rows: Rows, both: bool) -> Tensor | None:
+    """The logits of a step by a graph, None where there is none: steering that looks at the pre-logits acts amid it."""
+    offset = None
+    if rows.steering is not None:
+        if not rows.steering.open_loop:
+            return None
+        try:
+            offset = rows.offset(None)
+        except Exception as error:
+            rows.error = error
+    found = graphs.step(*rows.feed(), offset, both)
+    if found is None:
+        return None
+    logits, hidden = found
+    rows.see(hidden)
+    return logits
 
 
 def _places(batch: Sequence[Rows]) -> Iterator[tuple[Rows, slice]]:
@@ -365,10 +396,11 @@ def _steer(hidden: Tensor, batch: Sequence[Rows], both: bool) -> Tensor:
     """Add each part's offsets to the head's input [R, 1, D]; with ``both``, the unsteered rows follow."""
     steered = hidden
     for rows, here in _places(batch):
+        last = hidden[here, -1]
+        rows.see(last)
         if rows.steering is not None:
             if steered is hidden:
                 steered = hidden.clone()
-            last = hidden[here, -1]
             try:
                 steered[here, -1] = (last.float() + rows.offset(last)).to(hidden.dtype)
             except Exception as error:
@@ -393,13 +425,14 @@ def time_is_up(deadline: float | None) -> bool:
     return deadline is not None and time.monotonic() >= deadline
 
 
-def _to(steering: S, device: torch.device) -> S:
-    """The steering with its tensors on the engine's device."""
-    if steering is None or not dataclasses.is_dataclass(steering):
-        return steering
-    moved = {
-        field.name: value.to(device)
-        for field in dataclasses.fields(steering)
-        if isinstance(value := getattr(steering, field.name), Tensor)
-    }
-    return dataclasses.replace(steering, **moved)  # type: ignore[type-var]
+def _to(value: S, device: torch.device) -> S:
+    """A steering with its tensors, and those of the steerings in it, on the engine's device."""
+    moved: Any = value
+    if isinstance(value, Tensor):
+        moved = value.to(device)
+    elif isinstance(value, tuple):
+        moved = tuple(_to(part, device) for part in value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: _to(getattr(value, field.name), device) for field in dataclasses.fields(value)}
+        moved = dataclasses.replace(value, **fields)
+    return cast(S, moved)

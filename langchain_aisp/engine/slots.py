@@ -23,9 +23,16 @@ from langchain_aisp.engine.cache import Runner, Unsuited, decoder_config, input_
 _LONGEST_TEXT = 1 << 20  # masks are read up to here
 _COLUMN_BLOCK = 64  # rows' buffers grow by so many columns at a time
 
+# Prompts are read in pieces, so that a long one needs little room. On a CPU pieces have one size and begin at its
+# multiples: a token's keys then come out of products of one shape and have the same bits whatever was remembered of the
+# prompt. Pieces that began anywhere differed (torch's attention sums in an order that depends on the number of queries
+# and keys), and with them, now and then, somebody's answer. Experts differ still: their products have as many rows as
+# tokens come to them.
+_CPU_PIECE, _PIECE = 64, 2048
+
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """What attention has to know of a layer.
 
     Attributes:
@@ -44,6 +51,15 @@ class _PromptKeys:
     length: int
     layers: Mapping[int, tuple[Tensor, Tensor]]
 
+    def beginning(self, length: int) -> _PromptKeys:
+        """The first tokens of the prompt; shares its memory."""
+        return _PromptKeys(
+            length, {i: (keys[:, :length], values[:, :length]) for i, (keys, values) in self.layers.items()}
+        )
+
+
+_NO_PROMPT = _PromptKeys(0, {})
+
 
 class SlotStore:
     """Rows that share a prompt's keys and own the keys of what follows.
@@ -51,6 +67,8 @@ class SlotStore:
     Rows end together: row n's own tokens stand in the columns ``start[n] … column - 1``, so that a step writes one
     column for all rows and the mask of a row never changes while it lives.
     """
+
+    reads_prompt = False
 
     def __init__(self, prompt: _PromptKeys, start: Tensor, column: int) -> None:
         """Rows whose own tokens start in the columns ``start`` [n] and end before ``column``."""
@@ -61,11 +79,6 @@ class SlotStore:
         self.buffers: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values [n, heads, capacity, d]
         self._masks: dict[tuple[int, int | None], Tensor] = {}
 
-    @property
-    def fresh(self) -> bool:
-        """Whether nothing has been read yet."""
-        return self.prompt.length == self.column == 0
-
     def __len__(self) -> int:
         """Number of rows."""
         return int(self.start.shape[0])
@@ -74,8 +87,9 @@ class SlotStore:
         """Keep only these rows [r]."""
         self.start = self.start[rows]
         self._masks.clear()
-        for layer, (keys, values) in self.buffers.items():
-            self.buffers[layer] = (self._copy(keys, rows), self._copy(values, rows))
+        self.buffers = {
+            layer: (self._copy(keys, rows), self._copy(values, rows)) for layer, (keys, values) in self.buffers.items()
+        }
 
     def advance(self, tokens: int) -> None:
         """Count what a forward pass has written."""
@@ -85,7 +99,7 @@ class SlotStore:
     def attend(
         self,
         index: int,
-        layer: _Layer,
+        layer: Layer,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -109,36 +123,15 @@ class SlotStore:
         Returns:
             [n, q, query heads, dv]
         """
-        rows, query_heads, asked, _ = query.shape
-        heads, new = key.shape[1], key.shape[2]
+        asked, new = query.shape[2], key.shape[2]
         if layer.source == index:
             self._write(index, key, value)
-        if self.fresh and asked == new and softcap is None and sinks is None:
-            return self._attend_fresh(query, key, value, scaling, layer.window)
         keys, values = (part[:, :, : self.column + new] for part in self.buffers[layer.source])
-        query = (query * scaling).reshape(rows, heads, -1, query.shape[-1])  # queries of a group beside each other
-        scores = query @ keys.transpose(2, 3)
-        if self.prompt.length:
-            prompt_keys, prompt_values = self.prompt.layers[layer.source]
-            scores = torch.cat([_times_shared(query, prompt_keys.transpose(1, 2)), scores], dim=-1)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        weights = _weights(scores, self._mask(new, asked, layer.window), sinks, asked).to(value.dtype)
-        out = weights[..., self.prompt.length :] @ values
-        if self.prompt.length:
-            out = out + _times_shared(weights[..., : self.prompt.length], prompt_values)
-        return out.reshape(rows, query_heads, asked, -1).transpose(1, 2)
-
-    def _attend_fresh(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
-        """A prompt is read with torch's own attention, which needs no room for the scores of a long one."""
-        whole = window is None or key.shape[2] <= window
-        mask = None if whole else self._mask(key.shape[2], key.shape[2], window)
-        if mask is not None:
-            mask = mask[:, 0].to(query.device, query.dtype)
-        out = scaled_dot_product_attention(
-            query, key, value, mask, is_causal=whole, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-        )
-        return out.transpose(1, 2)
+        mask = self._mask(new, asked, layer.window)
+        if self.reads_prompt and softcap is None and sinks is None:
+            return _attend_piece(query, keys, values, mask, scaling)
+        prompt = self.prompt.layers[layer.source] if self.prompt.length else None
+        return attend_rows(query, keys, values, prompt, mask, scaling=scaling, softcap=softcap, sinks=sinks)
 
     def _write(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Store the new keys and values of all rows in the columns from ``column`` on."""
@@ -154,7 +147,7 @@ class SlotStore:
     def _room(self, buffer: Tensor | None, new: Tensor, columns: int) -> Tensor:
         if buffer is not None and buffer.shape[2] >= columns:
             return buffer
-        capacity = -(-columns // _COLUMN_BLOCK) * _COLUMN_BLOCK
+        capacity = self._capacity(columns)
         # Zeros, not garbage: masked columns get weight 0, and 0 times NaN would be NaN.
         grown = new.new_zeros(new.shape[0], new.shape[1], capacity, new.shape[3])
         if buffer is not None:
@@ -165,6 +158,10 @@ class SlotStore:
         kept = buffer.new_zeros(len(rows), *buffer.shape[1:])
         kept[:, :, : self.column] = buffer[rows, :, : self.column]
         return kept
+
+    def _capacity(self, columns: int) -> int:
+        """How many columns to make room for when so many are needed."""
+        return _whole_blocks(columns)
 
     def _mask(self, new: int, asked: int, window: int | None) -> Tensor | None:
         """What is added to the scores, [n, 1, 1, q, P + columns], or None when every key is visible."""
@@ -192,6 +189,79 @@ class SlotStore:
             visible &= queries - keys < window
         mask = torch.zeros(visible.shape, device=device).masked_fill_(~visible, torch.finfo(torch.float32).min / 2)
         return mask[:, None, None]
+
+
+def _whole_blocks(columns: int) -> int:
+    return -(-columns // _COLUMN_BLOCK) * _COLUMN_BLOCK
+
+
+class _PromptStore(SlotStore):
+    """A prompt while it is read piece by piece: one row that begins with what is known of it."""
+
+    reads_prompt = True
+
+    def __init__(self, known: _PromptKeys, length: int, device: torch.device) -> None:
+        """Make room for ``length`` columns, those of the ``known`` beginning filled."""
+        super().__init__(_NO_PROMPT, torch.zeros(1, dtype=torch.int64, device=device), 0)
+        self._length = length
+        for layer, (keys, values) in known.layers.items():
+            self._write(layer, keys[None], values[None])
+        self.column = known.length
+
+    def _capacity(self, columns: int) -> int:
+        return self._length
+
+
+def _attend_piece(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Torch's own attention, which needs no room for the scores of a long prompt; returns [1, q, query heads, dv]."""
+    group = query.shape[1] // keys.shape[1]
+    if group > 1 and query.device.type != "cpu":  # there kernels that take masks know no groups
+        keys, values = (part.repeat_interleave(group, dim=1) for part in (keys, values))
+    grouped = query.shape[1] != keys.shape[1]
+    visible = None if mask is None else mask[:, 0].to(query.device, query.dtype)
+    out = scaled_dot_product_attention(query, keys, values, visible, scale=scaling, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+def attend_rows(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    prompt: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention of rows to a prompt that they share and to what each of them has for itself.
+
+    Args:
+        query: [n, query heads, q, d].
+        keys: [n, heads, columns, d].
+        values: [n, heads, columns, dv].
+        prompt: Keys [heads, P, d] and values [heads, P, dv], None for no prompt.
+        mask: Added to the scores, [n, 1, 1, q, P + columns]; None when every key is visible.
+        scaling: Factor of the scores.
+        softcap: See ``SlotStore.attend``.
+        sinks: See there.
+
+    Returns:
+        [n, q, query heads, dv]
+    """
+    rows, query_heads, asked, _ = query.shape
+    query = (query * scaling).reshape(rows, keys.shape[1], -1, query.shape[-1])  # queries of a group beside each other
+    scores = query @ keys.transpose(2, 3)
+    if prompt is not None:
+        scores = torch.cat([_times_shared(query, prompt[0].transpose(1, 2)), scores], dim=-1)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = _weights(scores, mask, sinks, asked).to(values.dtype)
+    shared = 0 if prompt is None else prompt[0].shape[1]
+    out = weights[..., shared:] @ values
+    if prompt is not None:
+        out = out + _times_shared(weights[..., :shared], prompt[1])
+    return out.reshape(rows, query_heads, asked, -1).transpose(1, 2)
 
 
 def _times_shared(rows: Tensor, shared: Tensor) -> Tensor:
@@ -223,12 +293,36 @@ class _Attention(Protocol):
         """Attention [rows, q, query heads, dv] of one layer."""
 
 
+class Attending(Protocol):
+    """Rows in a forward pass: a store, or the buffers of a graph."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    def attend(
+        self,
+        index: int,
+        layer: Layer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """See ``SlotStore.attend``."""
+
+    def advance(self, tokens: int) -> None:
+        """Count what a forward pass has written."""
+
+
 @dataclass(frozen=True)
 class _Pass:
-    """One forward pass of the stores whose rows it carries, in order."""
+    """One forward pass of the rows that it carries, in order."""
 
-    layers: Sequence[_Layer]
-    stores: Sequence[SlotStore]
+    layers: Sequence[Layer]
+    stores: Sequence[Attending]
 
     def attend(
         self, index: int, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
@@ -273,7 +367,8 @@ class _Reading:
 
     def __init__(self, longest: int) -> None:
         self.longest = longest
-        self.layers: dict[int, _Layer] = {}
+        self.layers: dict[int, Layer] = {}
+        self.token: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> its own key and value of one token
         self._keys: dict[int, Tensor] = {}
         self._windows: dict[_Visible, int | None] = {}
 
@@ -290,7 +385,9 @@ class _Reading:
         if mask not in self._windows:
             self._windows[mask] = mask.window(self.longest, key.device)
         source = next((other for other, known in self._keys.items() if known is key), index)
-        self.layers[index] = _Layer(source, self._windows[mask])
+        if source == index:
+            self.token[index] = (key, value)
+        self.layers[index] = Layer(source, self._windows[mask])
         self._keys[index] = key
         return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
 
@@ -337,6 +434,7 @@ class SlotCache:
 
     name = "slots"
     ragged = True
+    divisible = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Take a model whose attention asks transformers' registry; raise ``Unsuited`` otherwise."""
@@ -345,10 +443,12 @@ class SlotCache:
         self._run = Runner(model)
         self._model = model
         self.device = input_device(model)
-        self._layers = self._read_layers()
+        self._on_cpu = self.device.type == "cpu"
+        self._layers, self.token = self._read_layers()  # layer -> key and value [1, heads, 1, d] of some token
+        self._token_bytes = sum(part.nbytes for pair in self.token.values() for part in pair)
 
     @torch.inference_mode()
-    def _read_layers(self) -> list[_Layer]:
+    def _read_layers(self) -> tuple[list[Layer], dict[int, tuple[Tensor, Tensor]]]:
         config = decoder_config(self._model)
         reading = _Reading(min(getattr(config, "max_position_embeddings", None) or _LONGEST_TEXT, _LONGEST_TEXT))
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
@@ -360,15 +460,32 @@ class SlotCache:
         if sorted(reading.layers) != list(range(config.num_hidden_layers)):
             asked = f"{len(reading.layers)} of its {config.num_hidden_layers} layers"
             raise Unsuited(f"{asked} ask transformers' attention registry")
-        return [reading.layers[index] for index in range(config.num_hidden_layers)]
+        return [reading.layers[index] for index in range(config.num_hidden_layers)], reading.token
 
-    def prefill(self, ids: Sequence[int]) -> _PromptKeys:
-        """Read a prompt (perhaps empty) once."""
+    def prefill(self, ids: Sequence[int], begun: _PromptKeys | None = None, common: int = 0) -> _PromptKeys:
+        """Read a prompt (perhaps empty) from its token ``common`` on, see ``Cache``."""
         if not ids:
-            return _PromptKeys(0, {})
-        store = self._read_chains(_PromptKeys(0, {}), [ids])
+            return _NO_PROMPT
+        if begun is not None and common == len(ids):
+            return begun.beginning(common)
+        first = common - common % _CPU_PIECE if self._on_cpu else common
+        end = -(-len(ids) // _CPU_PIECE) * _CPU_PIECE if self._on_cpu else len(ids)
+        store = _PromptStore(_NO_PROMPT if begun is None else begun.beginning(first), end, self.device)
+        positions = torch.arange(end, device=self.device).clamp(max=len(ids) - 1)  # padding may pass the longest text
+        padded = torch.tensor([*ids, *[0] * (end - len(ids))], device=self.device)
+        piece = _CPU_PIECE if self._on_cpu else _PIECE
+        for part, places in zip(padded[first:].split(piece), positions[first:].split(piece), strict=True):
+            self.forward([store], part[None], places[None])
         layers = {i: (keys[0, :, : len(ids)], values[0, :, : len(ids)]) for i, (keys, values) in store.buffers.items()}
-        return _PromptKeys(len(ids), {i: (k.contiguous(), v.contiguous()) for i, (k, v) in layers.items()})
+        return _PromptKeys(len(ids), layers)
+
+    def size(self, prompt: _PromptKeys) -> int:
+        """Bytes that a prompt takes."""
+        return sum(part.untyped_storage().nbytes() for pair in prompt.layers.values() for part in pair)
+
+    def row_bytes(self, prompt: int, response: int) -> int:
+        """Bytes of a row's own columns."""
+        return _whole_blocks(response) * self._token_bytes
 
     def open(self, prompt: _PromptKeys, chains: Sequence[Sequence[int]], parents: Tensor, kept: Tensor) -> SlotStore:
         """Rows that continue the prompt by ``kept`` tokens of their chains, see ``Cache``."""
@@ -391,7 +508,7 @@ class SlotCache:
         ids = torch.tensor([[*chain, *[0] * (longest - len(chain))] for chain in chains], device=self.device)
         positions = prompt.length + torch.arange(longest, device=self.device).expand(len(chains), -1)
         store = SlotStore(prompt, torch.zeros(len(chains), dtype=torch.int64, device=self.device), 0)
-        self._forward([store], ids, positions)
+        self.forward([store], ids, positions)
         return store
 
     def step(self, batch: Sequence[tuple[SlotStore, Tensor, Tensor]], padding: int) -> Tensor:
@@ -399,10 +516,11 @@ class SlotCache:
         filler = torch.zeros(padding, dtype=torch.int64, device=self.device)
         ids = torch.cat([*(ids for _, ids, _ in batch), filler])
         positions = torch.cat([*(positions for _, _, positions in batch), filler])
-        logits = self._forward([store for store, _, _ in batch], ids[:, None], positions[:, None])
+        logits = self.forward([store for store, _, _ in batch], ids[:, None], positions[:, None])
         return logits[:, -1]
 
-    def _forward(self, stores: Sequence[SlotStore], ids: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, stores: Sequence[Attending], ids: Tensor, positions: Tensor) -> Tensor:
+        """One pass of the model over tokens [n, q] of all stores' rows; logits of the last one, [n, 1, V]."""
         with _attention(self._model, _DECODING, _Pass(self._layers, stores)):
             logits: Tensor = self._run(ids, positions, _PassThrough()).logits
         for store in stores:

@@ -8,7 +8,7 @@ import re
 import threading
 import warnings
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from functools import cached_property
@@ -23,8 +23,12 @@ from langchain_aisp.engine.cache import decoder_config
 from langchain_aisp.engine.choice import choose_cache
 from langchain_aisp.engine.decode import Rows, SteeredHead, Vocabulary, decode_step, split, time_is_up
 from langchain_aisp.engine.grammar import Grammars
+from langchain_aisp.engine.graphs import StepGraphs, cuda_capture
 from langchain_aisp.engine.loading import context_length, load_model, load_tokenizer, measure_head, output_head
+from langchain_aisp.engine.memory import free_bytes, working_bytes
 from langchain_aisp.engine.prompt import PromptEncoder
+from langchain_aisp.engine.remembered import RememberedPrompts
+from langchain_aisp.engine.slots import SlotCache
 from langchain_aisp.types import (
     Chat,
     ContextLengthError,
@@ -42,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 30.0  # the thread leaves after so long without work, so that a forgotten engine frees its memory
 _EXIT_SECONDS = 5.0
+_MOST_REMEMBERED = 2 << 30  # bytes of prompts, unless asked otherwise
+_USABLE = 0.8  # of the free memory; the rest is for what no plan counts, such as fragments and activations
 _SPOKEN_MARKERS = re.compile(r"tool|function|python_tag|think|channel|message|\[ARGS\]", re.IGNORECASE)
 
 
@@ -58,7 +64,7 @@ class TransformersEngine:
         head: Width of the pre-logits, spread of the head and size of its vocabulary.
         context_length: Longest prompt plus answer, in tokens.
         cache: How the model remembers keys and values, see ``engine.cache``.
-        max_rows: Most rows that decode at once; halved when memory runs out.
+        max_rows: Most rows that decode at once, fewer when the free memory holds fewer; halved when it runs out still.
     """
 
     def __init__(
@@ -69,7 +75,8 @@ class TransformersEngine:
         name: str | None = None,
         chat_template: str | None = None,
         max_rows: int = 256,
-        remembered_prompts: int = 16,
+        remembered_bytes: int | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         """Take a loaded model and its tokenizer.
 
@@ -79,12 +86,18 @@ class TransformersEngine:
             name: For metadata; default is the model's own name or path.
             chat_template: A Jinja chat template that replaces the tokenizer's.
             max_rows: Most rows that decode at once.
-            remembered_prompts: How many prompts' keys stay in memory, least recently used ones leave first.
+            remembered_bytes: Most memory for the keys of prompts, least recently used ones leave first; by default an
+                eighth of what is free, at most 2 GiB. The newest prompt stays in any case.
+            cuda_graphs: Record the steps of a wave that decodes alone as CUDA graphs. Experimental.
 
         Raises:
-            ValueError: The model has no single linear head, or there is no chat template.
+            ValueError: The model has no single linear head, there is no chat template, or its steps cannot be graphs.
         """
         require(max_rows >= 1, f"max_rows must be at least 1, got {max_rows}")
+        require(
+            remembered_bytes is None or remembered_bytes >= 0,
+            f"remembered_bytes must not be negative, got {remembered_bytes}; None takes a share of the free memory",
+        )
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.name = name or model.config.name_or_path or type(model).__name__
@@ -95,14 +108,16 @@ class TransformersEngine:
         self._head = SteeredHead(output_head(model))
         self.head = measure_head(model, self._head)
         self.cache = choose_cache(model)
+        self._graphs = self._make_graphs() if cuda_graphs else None
         self._vocabulary = self._make_vocabulary()
-        self._prompts: OrderedDict[tuple[int, ...], Any] = OrderedDict()
-        self._remembered_prompts = remembered_prompts
+        self._prompts = RememberedPrompts(_share(self.cache.device, remembered_bytes))
         self._waiting: deque[_Job] = deque()
         self._batch: list[tuple[_Job, Rows]] = []
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._heads: int = getattr(decoder_config(model), "num_attention_heads", None) or 1  # Mamba has none
+        self._free: int | None = None  # bytes, when last nothing was in flight
         _engines.add(self)
 
     @classmethod
@@ -118,6 +133,8 @@ class TransformersEngine:
         chat_template: str | None = None,
         trust_remote_code: bool = False,
         max_rows: int = 256,
+        remembered_bytes: int | None = None,
+        cuda_graphs: bool = False,
     ) -> Self:
         """Load a model from the Hugging Face hub or a folder.
 
@@ -131,6 +148,8 @@ class TransformersEngine:
             chat_template: A Jinja chat template that replaces the tokenizer's.
             trust_remote_code: Run code that the repository brings. Off unless you ask for it.
             max_rows: Most rows that decode at once.
+            remembered_bytes: Most memory for the keys of prompts; by default a share of what is free.
+            cuda_graphs: Record the steps of a wave that decodes alone as CUDA graphs. Experimental.
 
         Raises:
             ValueError: The model cannot be steered or has no chat template.
@@ -146,7 +165,15 @@ class TransformersEngine:
             trust_remote_code=trust_remote_code,
         )
         tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
-        return cls(model, tokenizer, name=model_id_or_path, chat_template=chat_template, max_rows=max_rows)
+        return cls(
+            model,
+            tokenizer,
+            name=model_id_or_path,
+            chat_template=chat_template,
+            max_rows=max_rows,
+            remembered_bytes=remembered_bytes,
+            cuda_graphs=cuda_graphs,
+        )
 
     @classmethod
     def shared(cls, model_id_or_path: str, **options: Any) -> TransformersEngine:
@@ -244,6 +271,14 @@ class TransformersEngine:
         grammars = Grammars(self.tokenizer, size, is_end.nonzero().flatten().tolist())
         return Vocabulary(forbidden.to(device), is_end.to(device), self._decode, grammars)
 
+    def _make_graphs(self) -> StepGraphs:
+        device, cache = self.cache.device, self.cache
+        require(device.type == "cuda", f"cuda_graphs=True needs a model on a CUDA device, {self.name} is on {device}")
+        if not isinstance(cache, SlotCache):
+            message = f"cuda_graphs=True needs the slot cache, {self.name} decodes with the cache {cache.name!r}"
+            raise ValueError(message)  # a model that cannot, not a wrong type
+        return StepGraphs(cache, self._head, self.head.width, cuda_capture())
+
     def _decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         return self.tokenizer.batch_decode(
             [list(row) for row in rows], skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -262,7 +297,7 @@ class TransformersEngine:
             A ticket; cancelling it takes the wave's rows out of the batch before the next step.
         """
         require(not self._closed, f"the engine of {self.name} is closed")
-        job = _Job(wave, deadline, split(wave, self.cache, self.max_rows))
+        job = _Job(wave, deadline, split(wave, self.cache, self.max_rows), *self._demand(wave))
         with self._wake:
             self._waiting.append(job)
             if self._thread is None:
@@ -299,7 +334,7 @@ class TransformersEngine:
                 self._admit()
                 self._drop_abandoned()
                 if self._batch:
-                    decode_step(self.cache, self._head, [rows for _, rows in self._batch])
+                    decode_step(self.cache, self._head, [rows for _, rows in self._batch], self._graphs)
                     self._hand_out()
             except torch.OutOfMemoryError as error:
                 self._make_do_with_less(error)
@@ -318,25 +353,53 @@ class TransformersEngine:
             return False
 
     def _admit(self) -> None:
-        """Let waiting rows in, first come first served, while there is room."""
-        room = self.max_rows - sum(len(rows) for _, rows in self._batch)
-        while room > 0:
-            with self._wake:
-                job = self._waiting[0] if self._waiting else None
-                if job is None or (self._batch and not job.future.cancelled() and len(job.parts[0]) > room):
-                    return
-                part = job.parts.popleft()
-                if not job.parts:
-                    self._waiting.popleft()
+        """Let waiting rows in, first come first served, while there are places and memory."""
+        while (taken := self._take()) is not None:
+            job, part = taken
             if not job.future.cancelled():
-                room -= self._start(job, part)
+                self._start(job, part)
 
-    def _start(self, job: _Job, part: Tensor) -> int:
+    def _take(self) -> tuple[_Job, Tensor] | None:
+        """The part that is to decode next, as much of it as there is room for; None when it has to wait."""
+        with self._wake:
+            if not self._waiting:
+                return None
+            job = self._waiting[0]
+            part = job.parts[0]
+            room = len(part) if job.future.cancelled() else self._room(job)
+            if room < len(part):
+                if self._batch:
+                    return None
+                job.parts.popleft()
+                job.parts.extendleft(reversed(part.split(max(1, room))))
+            part = job.parts.popleft()
+            if not job.parts:
+                self._waiting.popleft()
+        return job, part
+
+    def _room(self, job: _Job) -> int:
+        """How many more rows like the job's there is room for; may be negative."""
+        places = self.max_rows - sum(len(rows) for _, rows in self._batch)
+        if not self._batch:  # only now do rows in flight take nothing of what is free
+            self._free = free_bytes(self.cache.device)
+        if self._free is None:
+            return places
+        promised = sum(other.prompt_bytes + len(rows) * other.row_bytes for other, rows in self._batch)
+        return min(places, int((_USABLE * self._free - promised - job.prompt_bytes) // job.row_bytes))
+
+    def _demand(self, wave: Wave) -> tuple[int, int]:
+        """Bytes that the wave's prompt takes and each of its rows takes at most."""
+        prompt = len(wave.prompt.ids)
+        response = min(wave.sampling.max_tokens, self.context_length - prompt)
+        working = working_bytes(wave, self.head, self._heads, prompt + response)
+        return self.cache.row_bytes(0, prompt), self.cache.row_bytes(prompt, response) + working
+
+    def _start(self, job: _Job, part: Tensor) -> None:
         """Read the prompt and the kept prefixes of some rows and put them into the batch."""
         try:
             with torch.inference_mode():
-                prompt = self._remember(job.wave.prompt.ids[:-1])
-                rows = Rows(job.wave, part, self.cache, prompt, self._vocabulary, self.context_length)
+                prompt = self._prompts.read(self.cache, job.wave.prompt.ids[:-1])
+                rows = Rows(job.wave, part, self.cache, prompt, self._vocabulary, self.context_length, self.head.width)
         except torch.OutOfMemoryError:
             job.parts.append(part)
             with self._wake:
@@ -345,17 +408,8 @@ class TransformersEngine:
             raise
         except Exception as error:
             _settle(job.future, error=error)
-            return 0
-        self._batch.append((job, rows))
-        return len(rows)
-
-    def _remember(self, ids: tuple[int, ...]) -> Any:
-        if ids not in self._prompts:
-            self._prompts[ids] = self.cache.prefill(ids)
-            while len(self._prompts) > self._remembered_prompts:
-                self._prompts.popitem(last=False)
-        self._prompts.move_to_end(ids)
-        return self._prompts[ids]
+        else:
+            self._batch.append((job, rows))
 
     def _drop_abandoned(self) -> None:
         self._batch = [(job, rows) for job, rows in self._batch if not job.future.cancelled()]
@@ -386,11 +440,7 @@ class TransformersEngine:
         reasons = [reason for rows in parts for reason in rows.finish_reasons()]
         written = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
         responses = self._responses(written, [reasons[i] for i in order.tolist()], job.wave.sampling)
-        observed = {
-            name: _gather([rows.observed[name] for rows in parts], order)
-            for name in parts[0].observed
-            if all(name in rows.observed for rows in parts)
-        }
+        observed = {name: _gather([rows.observed[name] for rows in parts], order) for name in parts[0].observed}
         return Rollouts(tokens, lengths, responses, sum(rows.sampled_tokens for rows in parts), observed)
 
     def _responses(
@@ -427,6 +477,8 @@ class TransformersEngine:
             job.parts.append(rows.index)
         self._batch.clear()
         self._prompts.clear()
+        if self._graphs is not None:
+            self._graphs.clear()
         for job in jobs:
             job.parts = deque(piece for part in job.parts for piece in part.split(self.max_rows))
         with self._wake:
@@ -447,8 +499,12 @@ class TransformersEngine:
 class _Job:
     """A wave on its way through the engine: parts that wait, parts that are done."""
 
-    def __init__(self, wave: Wave, deadline: float | None, parts: Sequence[Tensor]) -> None:
+    def __init__(
+        self, wave: Wave, deadline: float | None, parts: Sequence[Tensor], prompt_bytes: int, row_bytes: int
+    ) -> None:
         self.wave = wave
+        self.prompt_bytes = prompt_bytes
+        self.row_bytes = row_bytes
         self.deadline = deadline
         self.future: Future[Rollouts] = Future()
         self.parts = deque(parts)
@@ -473,6 +529,14 @@ def _stop_all() -> None:
 _shared: dict[Any, TransformersEngine] = {}
 _shared_lock = threading.Lock()
 _shared_locks: dict[Any, threading.Lock] = {}
+
+
+def _share(device: torch.device, wanted: int | None) -> int:
+    """Bytes for remembered prompts."""
+    if wanted is not None:
+        return wanted
+    free = free_bytes(device)
+    return _MOST_REMEMBERED if free is None else min(_MOST_REMEMBERED, free // 8)
 
 
 def resolve(model_id_or_path: str) -> str:

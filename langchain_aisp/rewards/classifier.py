@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from asyncio import AbstractEventLoop
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -224,14 +224,20 @@ class ClassifierReward:
         scorer = self._ready()
         rows = [row for job in jobs for row in self._encoded(job, scorer.encoder)]
         rows.sort(key=lambda row: len(row.ids), reverse=True)  # what does not fit into memory fails at once
+        self._answer(jobs)
         for crowd in _by_conversation(rows) if scorer.can_share else [rows]:
             while crowd := [row for row in crowd if not row.job.future.done()]:
                 size = scorer.batch_size([len(row.ids) for row in crowd])
                 batch, crowd = crowd[:size], crowd[size:]
                 for row, score in zip(batch, scorer([row.ids for row in batch]), strict=True):
-                    row.job.scores[row.index] = score
+                    row.job.add(row.index, score)
+                self._answer({row.job for row in batch})
+
+    def _answer(self, jobs: Iterable[_Job]) -> None:
+        """Complete the jobs of which nothing is missing any more: nobody waits for another request's batches."""
         for job in jobs:
-            settle(job.future, partial(check_scores, self.name, job.scores, job.texts))
+            if job.missing == 0:
+                settle(job.future, partial(check_scores, self.name, job.scores, job.texts))
 
     def _encoded(self, job: _Job, encoder: ConversationEncoder) -> list[_Row]:
         """The job's rows, or none and a failed job."""
@@ -306,6 +312,12 @@ class _Job:
     def __post_init__(self) -> None:
         self.texts = [response.text for _, response in self.pairs]
         self.scores = [float("nan")] * len(self.pairs)
+        self.missing = len(self.pairs)
+
+    def add(self, index: int, score: float) -> None:
+        """Note the score of one pair."""
+        self.scores[index] = score
+        self.missing -= 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -70,7 +70,7 @@ class JudgeReward(Settled):
 
     def __post_init__(self) -> None:
         """Reject what could only fail later, in the middle of a search."""
-        _check_model(self.model)
+        check_model(self.model)
         low, high = self.scale
         require(bool(self.rubric.strip()), "rubric must not be empty; say what a good answer is")
         require(low < high, f"scale must rise, got {self.scale}; for example (1, 10)")
@@ -105,9 +105,9 @@ class JudgeReward(Settled):
     def prompt(self, chat: Chat, response: Response, vote: int = 0) -> Messages:
         """What the judge is asked about one candidate."""
         texts = [*((str(message.get("role")), _shown(message)) for message in chat), ("candidate", _spoken(response))]
-        quoted = [(_neutral(label), _neutral(text)) for label, text in texts]
-        code = _code(self.rubric, quoted, vote)
-        *turns, candidate = [_fenced(label, text, code) for label, text in quoted]
+        quoted = [(neutral(label), neutral(text)) for label, text in texts]
+        code = fence_code(self.rubric, quoted, vote)
+        *turns, candidate = [fenced(label, text, code) for label, text in quoted]
         return [
             {"role": "system", "content": _TASK.format(code=code, rubric=self.rubric, line=self._line)},
             {"role": "user", "content": "\n\n".join(["The conversation:", *turns, "The answer to grade:", candidate])},
@@ -227,7 +227,8 @@ class _Tally:
             self.count += 1
 
 
-def _check_model(model: object) -> None:
+def check_model(model: object) -> None:
+    """Raise ``TypeError`` unless a model can be asked in batches as LangChain's can."""
     if not callable(getattr(model, "batch", None)) or isinstance(model, type):
         got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise TypeError(f"the judge must be a chat model of LangChain, with invoke and batch; got {got}")
@@ -247,16 +248,17 @@ def _with_calls(text: str, calls: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([text, *lines])
 
 
-def _neutral(text: str) -> str:
+def neutral(text: str) -> str:
     """The text without the brackets of the markers and without the tokens of chat templates."""
     return without_control_tokens(text.translate(_PLAIN_BRACKETS))
 
 
-def _fenced(label: str, text: str, code: str) -> str:
+def fenced(label: str, text: str, code: str) -> str:
+    """A text between markers that it cannot forge, see ``fence_code``."""
     return f"⟦{label} {code}⟧\n{text}\n⟦end {code}⟧"
 
 
-def _code(rubric: str, quoted: Sequence[tuple[str, str]], vote: int) -> str:
+def fence_code(rubric: str, quoted: Sequence[tuple[str, str]], vote: int) -> str:
     """A hash of all that is shown; the first of a series that does not occur in it."""
     shown = json.dumps(quoted)
     return next(code for code in _codes(rubric, shown, str(vote)) if code not in shown.casefold())

@@ -1,6 +1,7 @@
 """The fast caches against their plain twin, which reads every text again: ``NoCache``."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ def model_of():
 
     def make(title: str) -> PreTrainedModel:
         if title not in models:
-            models[title] = build(BY_TITLE[title])
+            usual = BY_TITLE[title]
+            models[title] = build(replace(usual, sizes={**usual.sizes, "max_position_embeddings": 256}))
         return models[title]
 
     return make
@@ -79,6 +81,17 @@ def agree(parts: list[Twins], steps: int, padding: int = 0, tolerance: float = 1
         assert got.shape[0] == expected.shape[0] + padding
         error = (got[: len(expected)].float() - expected.float()).abs().max() / expected.float().std()
         assert error < tolerance, f"step {step}"
+
+
+def random_text(length: int) -> list[int]:
+    return torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+def passes(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """A list that grows by the shape of the input at every forward pass from now on."""
+    shapes: list[tuple[int, int]] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, ids: shapes.append(tuple(ids[0].shape)))
+    return shapes
 
 
 def twins(model: PreTrainedModel, *, prompt=PROMPT, chains=CHAINS, parents=PARENTS, kept=KEPT) -> Twins:
@@ -138,6 +151,48 @@ def test_a_prompt_of_one_token_leaves_nothing_to_prefill(title: str, model_of) -
     agree([twins(model_of(title), prompt=[], chains=[()], parents=[0, 0], kept=[0, 0])], steps=3)
 
 
+@pytest.mark.parametrize("title", [kind for kind in KINDS if kind != "gpt-oss"])  # it has experts
+def test_keys_of_a_prompt_have_the_same_bits_whatever_was_read_before(title: str, model_of) -> None:
+    cache = SlotCache(model_of(title))
+    text = random_text(150)
+    whole = cache.prefill(text)
+    for known, length in ((70, 150), (64, 129), (149, 150), (150, 150), (130, 100), (10, 66)):
+        begun = cache.prefill(text[:known])
+        prompt = cache.prefill(text[:length], begun, min(known, length))
+        assert prompt.length == length
+        for layer, pair in prompt.layers.items():
+            for part, expected in zip(pair, whole.layers[layer], strict=True):
+                assert torch.equal(part, expected[:, :length]), (known, length)
+
+
+@every_kind
+def test_rows_on_a_prompt_of_several_pieces_are_right(title: str, model_of) -> None:
+    agree([twins(model_of(title), prompt=random_text(150))], steps=2)
+
+
+def test_a_gpu_reads_prompts_in_large_pieces_from_the_first_new_token_on(model_of, monkeypatch) -> None:
+    monkeypatch.setattr(slots, "_PIECE", 40)
+    model = model_of("Llama")
+    fast, plain = SlotCache(model), NoCache(model)
+    fast._on_cpu = False
+    text = random_text(150)
+    shapes = passes(model)
+    read = fast.prefill(text, fast.prefill(text[:60]), 60)
+    assert [width for _, width in shapes] == [40, 20, 40, 40, 10]
+    agree([Twins(fast, plain, text, CHAINS, PARENTS, KEPT, read)], steps=2)
+
+
+@pytest.mark.parametrize("title", ["Llama", "Bamba", "Mamba"])
+def test_the_copied_cache_continues_a_prompt_and_leaves_it_as_it_was(title: str, model_of) -> None:
+    """Other pieces round differently, so this is no equality of bits."""
+    model = model_of(title)
+    fast, plain = ExpandedCache(model, 1 if title == "Mamba" else None), NoCache(model)
+    text = random_text(30)
+    begun = fast.prefill(text[:18])
+    for _ in range(2):
+        agree([Twins(fast, plain, text, [()], [0, 0], [0, 0], fast.prefill(text, begun, 18))], steps=2)
+
+
 def test_bfloat16_stays_within_its_rounding() -> None:
     model = build(BY_TITLE["Llama"]).to(torch.bfloat16)
     agree([twins(model)], steps=4, tolerance=0.1)
@@ -147,10 +202,8 @@ def test_a_prompt_is_stored_once_and_its_chains_are_read_in_one_pass(model_of) -
     model = model_of("Llama")
     fast = SlotCache(model)
     prompt = fast.prefill(PROMPT)
-    shapes = []
-    handle = model.get_input_embeddings().register_forward_hook(lambda _, ids, __: shapes.append(tuple(ids[0].shape)))
+    shapes = passes(model)
     store = fast.open(prompt, CHAINS, torch.tensor(PARENTS), torch.tensor(KEPT))
-    handle.remove()
     assert shapes == [(2, 5)]  # two chains, the longer one of five tokens
     assert store.prompt is prompt
     assert {keys.shape[1] for keys, _ in prompt.layers.values()} == {len(PROMPT)}

@@ -1,7 +1,7 @@
 """Log-probabilities of the answer's tokens, against the model's own forward pass over prompt and answer."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Literal
 
@@ -232,6 +232,9 @@ class Drawing(ToyEngine):
 
     def tokenize(self, chat, *, tools=(), continue_last=False):
         return list(self.encode(chat).ids)
+
+    def submit(self, wave, **options):
+        return super().submit(replace(wave, forced=False), **options)
 
 
 def test_an_engine_that_cannot_tell_says_so():

@@ -1,10 +1,7 @@
-"""What every method promises, whatever it does; then the arithmetic of weights, Best-of-N and the published form."""
+"""The arithmetic of weights, Best-of-N and the published form; what all methods promise is in methods/."""
 
-import copy
-import dataclasses
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from langchain_aisp.align import Aligned, Budget, Iteration
 from langchain_aisp.methods import published
-from langchain_aisp.methods.aisp import AISP
 from langchain_aisp.methods.best_of_n import BestOfN
 from langchain_aisp.methods.greedy import Greedy
 from langchain_aisp.methods.published import GaussianSteering, PublishedAISP
@@ -26,184 +21,10 @@ from langchain_aisp.methods.weights import (
     temperature_for_ess,
 )
 from langchain_aisp.noise import fold, normal, wave_keys
-from langchain_aisp.types import Head, Method, Problem, Prompt, Response, Rollouts, Sampling, Wave
-from tests.toy import END, ToyEngine, counts, outcome, play, problem, spells
+from langchain_aisp.types import Head, Problem, Prompt, Response, Rollouts, Sampling, Wave
+from tests.toy import END, ToyEngine, outcome, play, problem, spells, waves_of
 
 SAMPLING = Sampling(max_tokens=10)
-
-METHODS: list[Method[Any]] = [
-    BestOfN(samples=24, samples_per_wave=8),
-    PublishedAISP(samples_per_iteration=8, iterations=3, sigma=1.0),
-    PublishedAISP(samples_per_iteration=8, iterations=3, sigma=0.5, horizon=4, decode="sample"),
-    AISP(samples=24, iterations=3),
-    AISP(samples=24, iterations=3, control_kl=0.5),
-]
-every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-
-
-def same(left: Any, right: Any) -> bool:
-    """Equality that looks into records, containers and tensors."""
-    if isinstance(left, Tensor):
-        alike = isinstance(right, Tensor) and left.shape == right.shape
-        return alike and torch.allclose(left, right, rtol=0, atol=0, equal_nan=True)
-    if dataclasses.is_dataclass(left):
-        names = [entry.name for entry in dataclasses.fields(left)]
-        return type(left) is type(right) and all(same(getattr(left, name), getattr(right, name)) for name in names)
-    if isinstance(left, Mapping):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, list | tuple):
-        return len(left) == len(right) and all(same(a, b) for a, b in zip(left, right, strict=True))
-    return bool(left == right)
-
-
-def waves_of(method: Method[Any], **settings: Any) -> list[tuple[Wave, Rollouts]]:
-    """A whole search on the toy, as its waves and what was decoded for them."""
-    played = play(method, ToyEngine(), spells("badge"), SAMPLING, **settings)
-    return [(request, answer) for request, answer in played if isinstance(request, Wave)]
-
-
-@dataclass
-class Recorder:
-    """A method that keeps copies of what passed through it."""
-
-    method: Method[Any]
-    seen: list[tuple[Any, Any]] = field(default_factory=list)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.method, name)
-
-    def propose(self, state: Any) -> Wave:
-        first = self.method.propose(state)
-        assert same(first, self.method.propose(state)), "the same state proposed two different waves"
-        return first
-
-    def update(self, state: Any, wave: Wave, rollouts: Rollouts, rewards: Tensor) -> Any:
-        self.seen.append((state, copy.deepcopy(state)))
-        arguments = (wave, rollouts, rewards)
-        before = copy.deepcopy(arguments)
-        result = self.method.update(state, *arguments)
-        assert same(result, self.method.update(state, *arguments)), "the same update gave two different states"
-        assert all(
-            same(getattr(a, "tokens", a), getattr(b, "tokens", b)) for a, b in zip(arguments, before, strict=True)
-        )
-        return result
-
-
-# Every method
-
-
-@every_method
-def test_hyper_parameters_and_states_are_frozen(method: Method[Any]) -> None:
-    for record in (method, method.init(problem(ToyEngine(), SAMPLING))):
-        assert dataclasses.is_dataclass(record)
-        name = dataclasses.fields(record)[0].name
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(record, name, None)
-
-
-@every_method
-def test_verbs_are_pure(method: Method[Any]) -> None:
-    recorder = Recorder(method)
-    outcome(play(recorder, ToyEngine(), spells("badge"), SAMPLING))
-    assert len(recorder.seen) == method.iterations
-    assert all(same(state, earlier) for state, earlier in recorder.seen), "an update changed an old state in place"
-
-
-@every_method
-def test_waves_are_well_formed(method: Method[Any]) -> None:
-    engine = ToyEngine()
-    for wave, _ in waves_of(method):
-        rows, length = len(wave), SAMPLING.max_tokens
-        assert rows > 0
-        assert wave.prefix.shape == wave.keys.shape == (rows, length)
-        assert {wave.prefix.dtype, wave.cut.dtype, wave.keys.dtype} == {torch.int64}
-        assert ((wave.cut >= 0) & (wave.cut <= length)).all()
-        kept = torch.arange(length) < wave.cut.unsqueeze(1)
-        assert ((wave.prefix >= 0) & (wave.prefix <= engine.letters))[kept].all()
-        assert wave.sampling.max_tokens == length
-
-
-@every_method
-def test_first_wave_rows_differ_from_the_very_first_token_on(method: Method[Any]) -> None:
-    wave, rollouts = waves_of(method)[0]
-    assert (wave.cut == 0).all()
-    assert len(set(wave.keys[:, 0].tolist())) == len(wave)
-    assert len(set(rollouts.tokens[:, 0].tolist())) > 1
-
-
-@every_method
-def test_a_child_keeps_its_parents_tokens_and_keys(method: Method[Any]) -> None:
-    known_tokens, known_keys = torch.empty(0, 10, dtype=torch.int64), torch.empty(0, 10, dtype=torch.int64)
-    for wave, rollouts in waves_of(method):
-        for row, cut in enumerate(wave.cut.tolist()):
-            before = max(cut - 1, 0)  # the last kept token, with its key, may be another than the parent's
-            parents = (known_tokens[:, :before] == wave.prefix[row, :before]).all(dim=1)
-            parents &= (known_keys[:, :before] == wave.keys[row, :before]).all(dim=1)
-            assert cut == 0 or parents.any()
-        known_tokens = torch.cat([known_tokens, rollouts.tokens])
-        known_keys = torch.cat([known_keys, wave.keys])
-
-
-@every_method
-def test_the_same_seed_gives_the_same_search_and_another_seed_another(method: Method[Any]) -> None:
-    first, again, other = (waves_of(method, seed=seed) for seed in (1, 1, 2))
-    assert same([rollouts.tokens for _, rollouts in first], [rollouts.tokens for _, rollouts in again])
-    assert not same([rollouts.tokens for _, rollouts in first], [rollouts.tokens for _, rollouts in other])
-
-
-@every_method
-def test_a_constant_added_to_the_rewards_changes_nothing(method: Method[Any]) -> None:
-    plain, shifted = (
-        outcome(play(method, ToyEngine(), lambda response: spells("badge")(response) + shift, SAMPLING))  # noqa: B023
-        for shift in (0.0, -64.0)
-    )
-    assert [c.tokens for c in plain.candidates] == [c.tokens for c in shifted.candidates]
-    assert plain.best.reward == shifted.best.reward + 64
-
-
-@every_method
-@pytest.mark.parametrize("samples", [1, 3, 11, 20])
-def test_a_shortened_wave_is_learned_from_like_any_other(method: Method[Any], samples: int) -> None:
-    aligned = outcome(play(method, ToyEngine(), spells("badge"), SAMPLING, budget=Budget(samples=samples)))
-    assert len(aligned.candidates) == samples
-    assert all(math.isfinite(number) for step in aligned.trace for number in step.info.values())
-
-
-@every_method
-def test_what_is_reported_is_in_range(method: Method[Any]) -> None:
-    played = list(play(method, ToyEngine(), spells("badge"), SAMPLING))
-    rows = [len(request) for request, _ in played if isinstance(request, Wave)]
-    steps = [request for request, _ in played if isinstance(request, Iteration)]
-    assert len(rows) == len(steps) == method.iterations
-    for step, count in zip(steps, rows, strict=True):
-        assert 1 <= step.ess <= count * (1 + 1e-6)
-        assert 0 <= step.control_kl < math.inf
-    assert sum(rows) == 24
-
-
-@every_method
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        Sampling(max_tokens=1),
-        Sampling(max_tokens=4, min_tokens=4),
-        Sampling(max_tokens=6, min_tokens=0),
-        Sampling(max_tokens=10, temperature=0.0),
-        Sampling(max_tokens=10, top_p=0.5, top_k=3, stop=("a", "bc")),
-    ],
-    ids=["one token", "all cut off", "may be empty", "argmax", "narrow"],
-)
-def test_any_sampling_is_served(method: Method[Any], sampling: Sampling) -> None:
-    aligned = outcome(play(method, ToyEngine(), counts("d"), sampling))
-    assert isinstance(aligned, Aligned)
-    assert all(len(candidate.tokens) <= sampling.max_tokens for candidate in aligned.candidates)
-
-
-@every_method
-def test_equal_rewards_are_no_trouble(method: Method[Any]) -> None:
-    aligned = outcome(play(method, ToyEngine(), lambda response: 0.25, SAMPLING))
-    assert aligned.best.reward == 0.25
-
 
 # Weights
 

@@ -379,6 +379,23 @@ def test_requests_that_wait_at_the_same_time_share_a_batch():
     assert answers[3].shape == (0,)
 
 
+def test_a_request_has_its_scores_before_the_batches_of_another_one_are_read():
+    model = tiny_llama()
+    reward = ClassifierReward(model, byte_tokenizer(), batch_size=8)
+    reward.load()
+    gate = Gate(model)
+    blocker = reward.submit(PAIRS[:1])
+    assert gate.entered.wait(20)
+    waiting = [reward.submit(CROWD), reward.submit(ELSEWHERE), reward.submit([])]
+    done = []
+    for name, ticket in enumerate(waiting):
+        ticket.future.add_done_callback(lambda _, name=name: done.append((name, sum(gate.rows))))
+    gate.open.set()
+    for ticket in (blocker, *waiting):
+        ticket.future.result(timeout=60)
+    assert done == [(2, 1), (0, 10), (1, 12)]  # rows that had been read: the blocker's, the crowd's and its beginning
+
+
 def test_rows_of_a_cancelled_request_are_dropped():
     model = tiny_llama()
     reward = ClassifierReward(model, byte_tokenizer(), batch_size=2)
