@@ -21,6 +21,7 @@ from torch import nn
 from langchain_aisp import __version__
 from langchain_aisp.engine import TransformersEngine
 from langchain_aisp.engine.cache import decoder_config
+from langchain_aisp.evaluation.metrics import bootstrap_interval, estimate
 from langchain_aisp.noise import fold, request_key, uniform, wave_keys
 from langchain_aisp.rewards import as_reward
 from langchain_aisp.types import Chat, Grammar, Prompt, Reward, Rollouts, Sampling, Wave
@@ -142,16 +143,6 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
     return float((across * (up - up.mean())).sum() / across.square().sum())
 
 
-def bootstrap_interval(values: Sequence[float], *, statistic: str = "mean", draws: int = 10_000) -> tuple[float, float]:
-    """The 95 % percentile bootstrap interval of the mean or median of paired differences or ratios; seeded."""
-    data = torch.tensor(values, dtype=torch.float64)
-    picks = (uniform(fold(2026, torch.arange(draws * len(data)))) * len(data)).long().view(draws, -1)
-    resampled = data[picks]
-    found = resampled.mean(dim=1) if statistic == "mean" else resampled.median(dim=1).values
-    low, high = found.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
-
-
 def median_with_interval(values: Sequence[float]) -> dict[str, Any]:
     """Median, its 95 % interval and the number of values."""
     low, high = bootstrap_interval(values, statistic="median")
@@ -165,10 +156,9 @@ def with_interval(found: dict[str, Any]) -> str:
 
 def mean_with_interval(values: Sequence[float]) -> dict[str, Any]:
     """Mean, its standard error, its 95 % interval and the number of values."""
-    data = torch.tensor(values, dtype=torch.float64)
-    low, high = bootstrap_interval(values)
-    error = float(data.std() / len(data) ** 0.5) if len(data) > 1 else float("nan")
-    return {"mean": float(data.mean()), "standard_error": error, "low": low, "high": high, "pairs": len(values)}
+    found = estimate(values)
+    ends = {"low": found.low, "high": found.high}
+    return {"mean": found.mean, "standard_error": found.standard_error, **ends, "pairs": found.count}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

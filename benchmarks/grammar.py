@@ -13,11 +13,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.common import save
+from benchmarks.common import decode, save
 from benchmarks.speed import compare
 from langchain_aisp.engine import TransformersEngine
-from langchain_aisp.noise import fold, uniform, wave_keys
-from langchain_aisp.types import Grammar, Prompt, Sampling, Wave
+from langchain_aisp.noise import fold, uniform
+from langchain_aisp.types import Grammar, Prompt
 
 _TEXT = '{"type": "object", "properties": {"text": {"type": "string", "minLength": 4000}}, "required": ["text"]}'
 TEXT = Grammar(f"start: %json {_TEXT}")
@@ -56,14 +56,6 @@ def made_up_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<|end|>", chat_template="{{ messages[-1]['content'] }}"
     )
-
-
-def decode(engine: TransformersEngine, prompt: Prompt, rows: int, tokens: int, grammar: Grammar | None) -> None:
-    """Rows that all last for ``tokens`` tokens."""
-    sampling = Sampling(max_tokens=tokens, min_tokens=tokens, grammar=grammar)
-    keys = wave_keys(prompt.key, 0, torch.arange(rows), tokens)
-    wave = Wave(prompt, torch.zeros_like(keys), torch.zeros(rows, dtype=torch.int64), keys, sampling)
-    assert engine.submit(wave).future.result().sampled_tokens == rows * tokens
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ CUSTOMER = ["Thank you for the kettle.", "My parcel is late.", "My name is Olga.
 SECRETS = must_not_match(r"(send|tell|give|text) me your|(need|want|require|what is) your", name="secrets")
 MONEY = must_not_match(r"\b(refund|pay|paid|return|charge|money)", name="money")
 
-chat = AISPChatModel(model="demo", method=AISP(samples=1, iterations=1), max_tokens=80, seed=1)
+chat = AISPChatModel(model="demo", method=AISP(samples=1, iterations=1), max_tokens=80, seed=7)
 search = SearchLonger(1, lambda attempt: {"method": AISP(samples=32, iterations=4)})
 with tempfile.TemporaryDirectory() as folder, SqliteSaver.from_conn_string(f"{folder}/memory.sqlite") as memory:
     log = AuditLog(f"{folder}/audit.jsonl")

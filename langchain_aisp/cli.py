@@ -338,7 +338,7 @@ def main() -> None:
     try:
         app()
     except (ImportError, OSError, RewardError, ValueError) as error:
-        err.print(f"[bold red]Error:[/] {escape(str(error))}")
+        err.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)  # a broken path cannot be copied
         sys.exit(1)
 
 

@@ -28,6 +28,7 @@ from langchain_aisp.demo import LANGUAGE_MODEL_PATH, REWARD_MODEL_PATH
 from langchain_aisp.demo.scenarios import scenarios
 from langchain_aisp.rewards import ClassifierReward
 from training import language_model, reward_model
+from training.optimize import Recipe
 from training.sampling import sample, searched
 from training.tokenizer import REWARD_TEMPLATE, train_tokenizer, wrap
 
@@ -56,12 +57,12 @@ def main() -> None:
 def first_course(options: argparse.Namespace) -> dict[str, object]:
     """The shop's conversations: a new tokenizer, a new language model, a new reward model."""
     tokenizer = train_tokenizer(options.seed)
-    recipe = language_model.Recipe(steps=options.language_steps, seed=options.seed)
+    recipe = Recipe(steps=options.language_steps, seed=options.seed)
     writer, writer_losses, rows = language_model.train(tokenizer, recipe)
     save(writer, tokenizer, FIRST / "language_model")
     cases = scenarios("train", SAMPLED_SCENARIOS, seed=options.seed + 1)
     answers = sample(writer.eval(), tokenizer, [case.messages for case in cases], SAMPLES)
-    judge_recipe = reward_model.Recipe(steps=options.reward_steps, seed=options.seed)
+    judge_recipe = Recipe(steps=options.reward_steps, seed=options.seed)
     judge, judge_losses = reward_model.train(writer, tokenizer, list(zip(cases, answers, strict=True)), judge_recipe)
     save(judge, wrap(tokenizer.backend_tokenizer, REWARD_TEMPLATE, "right"), FIRST / "reward_model")
     steps = {"language_steps": options.language_steps, "reward_steps": options.reward_steps, "language_rows": rows}
@@ -78,7 +79,7 @@ def second_course(options: argparse.Namespace) -> dict[str, object]:
     with closing(ClassifierReward(judge, judge_tokenizer)) as reward:
         answers = searched(writer, tokenizer, reward, [case.messages for case in cases])
     found = [(case, reward_model.deceiving(case, texts)) for case, texts in zip(cases, answers, strict=True)]
-    recipe = reward_model.Recipe(steps=options.further_steps, seed=options.seed)
+    recipe = Recipe(steps=options.further_steps, seed=options.seed)
     losses = reward_model.train_further(judge.train(), tokenizer, found, recipe)
     save(writer, tokenizer, LANGUAGE_MODEL_PATH)
     save(judge, judge_tokenizer, REWARD_MODEL_PATH)

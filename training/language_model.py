@@ -1,8 +1,6 @@
 """Trains the demo's language model on generated dialogues of the train split, answers good and bad."""
 
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from random import Random
@@ -16,23 +14,14 @@ from langchain_aisp.demo.checker import Message
 from langchain_aisp.demo.chitchat import TALKS, chat, echo
 from langchain_aisp.demo.scenarios import compose, scenario, sentence
 from training.initial import prepare_copying
-from training.optimize import Optimizer
-from training.rows import Batch, Encoder, batches
+from training.optimize import Recipe, fit
+from training.rows import Batch, Encoder, Row
 
 ANSWERS = 4  # per conversation
 SMALL_TALK = 0.08
 ECHO = 0.04
 EARLY, LESSONS = 50_000, 0.5  # the first conversations teach to read, half of them by lessons: see `_lesson`
 EARLY_GOOD, LATE_GOOD = 0.8, 0.44  # what the model then writes well is a little rarer than what it reads
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Size of a training run."""
-
-    steps: int
-    tokens: int = 1500  # per half step
-    seed: int = 0
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
@@ -113,17 +102,11 @@ def loss_of(model: LlamaForCausalLM, batch: Batch) -> Tensor:
 
 def train(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> tuple[LlamaForCausalLM, list[float], int]:
     """Trains a new model; returns it with the loss of every step and the number of conversations drawn."""
-    encoder, rng = Encoder(tokenizer), Random(recipe.seed)
+    encoder, drawn = Encoder(tokenizer), count()
     model = new_model(tokenizer, recipe.seed)
-    optimizer = Optimizer(model, recipe.steps, matrix_rate=4e-3, other_rate=2e-3)
-    losses: list[float] = []
-    drawn = count()
-    started = time.monotonic()
     rows = (encoder.written(*dialogue) for dialogue, _ in zip(dialogues(recipe.seed), drawn, strict=False))
-    stream = batches(rows, recipe.tokens, rng)
-    for step, groups in zip(range(recipe.steps), zip(stream, stream, strict=True), strict=False):
-        losses.append(optimizer.step([partial(loss_of, model, encoder.batch(group)) for group in groups]))
-        if step % 20 == 19:
-            recent = sum(losses[-20:]) / 20
-            print(f"language model: step {step + 1}, loss {recent:.3f}, {time.monotonic() - started:.0f} s", flush=True)
-    return model, losses, next(drawn)
+
+    def loss(group: Sequence[Row], _: Random) -> Callable[[], Tensor]:
+        return partial(loss_of, model, encoder.batch(group))
+
+    return model, fit("language model", model, rows, recipe, rate=4e-3, loss=loss), next(drawn)

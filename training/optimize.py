@@ -1,13 +1,58 @@
 """One optimiser for both models: Muon for matrices, AdamW for the rest, warm-up, slow decay and a cool-down."""
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from random import Random
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from training.rows import Row, batches
+
 CORES = 2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Size of a training run."""
+
+    steps: int
+    tokens: int = 1500  # per half step
+    seed: int = 0
+
+
+def fit(
+    name: str,
+    model: nn.Module,
+    rows: Iterator[Row],
+    recipe: Recipe,
+    *,
+    rate: float,
+    loss: Callable[[Sequence[Row], Random], Callable[[], Tensor]],
+) -> list[float]:
+    """Trains a model on a stream of rows; returns the loss of every step.
+
+    Args:
+        name: Of the model, for the news.
+        model: What to train.
+        rows: Enough of them.
+        recipe: How long.
+        rate: Learning rate of the matrices; that of the rest is half of it.
+        loss: Makes what computes the loss of a batch; draws its chances from the generator.
+    """
+    optimizer = Optimizer(model, recipe.steps, matrix_rate=rate, other_rate=rate / 2)
+    rng, losses = Random(recipe.seed), []
+    started = time.monotonic()
+    stream = batches(rows, recipe.tokens, rng)
+    for step, groups in zip(range(recipe.steps), zip(stream, stream, strict=True), strict=False):
+        losses.append(optimizer.step([loss(group, rng) for group in groups]))
+        if step % 20 == 19:
+            recent = sum(losses[-20:]) / 20
+            print(f"{name}: step {step + 1}, loss {recent:.3f}, {time.monotonic() - started:.0f} s", flush=True)
+    return losses
 
 
 class Optimizer:

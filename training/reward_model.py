@@ -6,9 +6,8 @@ what a search against it finds: where it liked what the labeller does not, it le
 """
 
 import math
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import combinations, count
 from random import Random
@@ -22,8 +21,8 @@ from langchain_aisp.demo.checker import PARTS, Checks, Scenario, check
 from langchain_aisp.demo.chitchat import chat
 from langchain_aisp.demo.scenarios import Draft, draft, redraw, scenario, sentence
 from training import tools
-from training.optimize import Optimizer
-from training.rows import Batch, Encoder, Judged, Row, batches
+from training.optimize import Recipe, fit
+from training.rows import Batch, Encoder, Judged, Row
 
 LAYERS = 6  # the language model's four, which foretell a good answer, one to compare with it and one to add up
 TASTE = {"tone": 1.0, "acknowledgement": 1.3, "action": 1.2, "policy": 1.1, "privacy": 1.2, "closing": 0.9}
@@ -35,15 +34,6 @@ TOOLS, FOUND = 0.2, 0.3  # shares of the second course: answers after tools' res
 HARD = ("acknowledgement", "action", "policy")  # parts that need the conversation
 VERDICTS = 96  # most comparisons of one row that are judged: about one part apart, where it can be
 JUNK = ("", ".", "???", "asdf asdf asdf", "the the the the the the", "I", "order order order", "lol", "0 0 0 0 0 0")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Size of a training run."""
-
-    steps: int
-    tokens: int = 1500  # per half step
-    seed: int = 0
 
 
 def liking(checks: Checks) -> float:
@@ -170,8 +160,10 @@ def further(encoder: Encoder, found: Answered, seed: int) -> Iterator[Row]:
 
 def deceiving(case: Scenario, texts: Sequence[str], most: int = 8) -> list[str]:
     """Of answers in the order of their rewards, the first of each set of good parts: equals are no lesson."""
-    by_parts = {check(case, text): text for text in reversed(texts)}
-    return sorted(by_parts.values(), key=texts.index)[:most]
+    first: dict[Checks, str] = {}
+    for text in texts:
+        first.setdefault(check(case, text), text)
+    return list(first.values())[:most]
 
 
 def loss_of(model: LlamaForSequenceClassification, batch: Batch, verdicts: Sequence[tuple[int, int]]) -> Tensor:
@@ -228,13 +220,7 @@ def train_further(
 
 
 def _fit(model: LlamaForSequenceClassification, encoder: Encoder, rows: Iterator[Row], recipe: Recipe) -> list[float]:
-    optimizer = Optimizer(model, recipe.steps, matrix_rate=2e-3, other_rate=1e-3)
-    rng, losses = Random(recipe.seed), []
-    started = time.monotonic()
-    stream = batches(rows, recipe.tokens, rng)
-    for step, groups in zip(range(recipe.steps), zip(stream, stream, strict=True), strict=False):
-        losses.append(optimizer.step([partial(loss_of, model, encoder.batch(g), _judge(g, rng)) for g in groups]))
-        if step % 20 == 19:
-            recent = sum(losses[-20:]) / 20
-            print(f"reward model: step {step + 1}, loss {recent:.3f}, {time.monotonic() - started:.0f} s", flush=True)
-    return losses
+    def loss(group: Sequence[Row], rng: Random) -> Callable[[], Tensor]:
+        return partial(loss_of, model, encoder.batch(group), _judge(group, rng))
+
+    return fit("reward model", model, rows, recipe, rate=2e-3, loss=loss)

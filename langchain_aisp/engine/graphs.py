@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from langchain_aisp.engine.slots import Layer, SlotCache, SlotStore, attend_rows
+from langchain_aisp.engine.slots import Layer, Scoring, SlotCache, SlotStore, attend_rows
 
 if TYPE_CHECKING:
     from langchain_aisp.engine.decode import SteeredHead
@@ -230,10 +230,7 @@ class _BucketStep:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        *,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
+        scoring: Scoring,
     ) -> Tensor:
         """See ``SlotStore.attend``: the same over all columns, those that do not count yet masked."""
         if layer.source == index:
@@ -241,7 +238,7 @@ class _BucketStep:
                 buffer.index_copy_(2, self._column, new)
         keys, values = self._own[layer.source]
         prompt, mask = self._prompt[layer.source], self._mask(layer.window)
-        return attend_rows(query, keys, values, prompt, mask, scaling=scaling, softcap=softcap, sinks=sinks)
+        return attend_rows(query, keys, values, prompt, mask, scoring)
 
     def advance(self, tokens: int) -> None:
         """Forget the masks of the pass; the store itself counts tokens."""

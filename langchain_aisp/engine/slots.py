@@ -45,6 +45,26 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """How a layer turns queries and keys into attention.
+
+    Attributes:
+        scaling: Factor of the scores.
+        softcap: Scores are squashed into (-softcap, softcap), or None.
+        sinks: [query heads] logits that take attention and give nothing, or None.
+    """
+
+    scaling: float
+    softcap: float | None
+    sinks: Tensor | None
+
+    @property
+    def plain(self) -> bool:
+        """Whether torch's own attention does the same."""
+        return self.softcap is None and self.sinks is None
+
+
+@dataclass(frozen=True)
 class _PromptKeys:
     """Keys and values of a prompt, one pair [heads, P, d] per layer that has its own; P may be 0."""
 
@@ -103,10 +123,7 @@ class SlotStore:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        *,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
+        scoring: Scoring,
     ) -> Tensor:
         """Attention of the new tokens to the prompt, to the row's own past and to themselves.
 
@@ -116,9 +133,7 @@ class SlotStore:
             query: [n, query heads, q, d] for the last q of the new tokens of each row.
             key: [n, heads, new, d]; each head serves ``group`` query heads.
             value: [n, heads, new, dv].
-            scaling: Factor of the scores.
-            softcap: Scores are squashed into (-softcap, softcap), or None.
-            sinks: [query heads] logits that take attention and give nothing, or None.
+            scoring: How the layer scores.
 
         Returns:
             [n, q, query heads, dv]
@@ -128,10 +143,10 @@ class SlotStore:
             self._write(index, key, value)
         keys, values = (part[:, :, : self.column + new] for part in self.buffers[layer.source])
         mask = self._mask(new, asked, layer.window)
-        if self.reads_prompt and softcap is None and sinks is None:
-            return _attend_piece(query, keys, values, mask, scaling)
+        if self.reads_prompt and scoring.plain:
+            return _attend_piece(query, keys, values, mask, scoring.scaling)
         prompt = self.prompt.layers[layer.source] if self.prompt.length else None
-        return attend_rows(query, keys, values, prompt, mask, scaling=scaling, softcap=softcap, sinks=sinks)
+        return attend_rows(query, keys, values, prompt, mask, scoring)
 
     def _write(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Store the new keys and values of all rows in the columns from ``column`` on."""
@@ -229,10 +244,7 @@ def attend_rows(
     values: Tensor,
     prompt: tuple[Tensor, Tensor] | None,
     mask: Tensor | None,
-    *,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
+    scoring: Scoring,
 ) -> Tensor:
     """Attention of rows to a prompt that they share and to what each of them has for itself.
 
@@ -242,21 +254,20 @@ def attend_rows(
         values: [n, heads, columns, dv].
         prompt: Keys [heads, P, d] and values [heads, P, dv], None for no prompt.
         mask: Added to the scores, [n, 1, 1, q, P + columns]; None when every key is visible.
-        scaling: Factor of the scores.
-        softcap: See ``SlotStore.attend``.
-        sinks: See there.
+        scoring: How the layer scores.
 
     Returns:
         [n, q, query heads, dv]
     """
     rows, query_heads, asked, _ = query.shape
-    query = (query * scaling).reshape(rows, keys.shape[1], -1, query.shape[-1])  # queries of a group beside each other
+    query = query * scoring.scaling
+    query = query.reshape(rows, keys.shape[1], -1, query.shape[-1])  # queries of a group beside each other
     scores = query @ keys.transpose(2, 3)
     if prompt is not None:
         scores = torch.cat([_times_shared(query, prompt[0].transpose(1, 2)), scores], dim=-1)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    weights = _weights(scores, mask, sinks, asked).to(values.dtype)
+    if scoring.softcap is not None:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    weights = _weights(scores, mask, scoring.sinks, asked).to(values.dtype)
     shared = 0 if prompt is None else prompt[0].shape[1]
     out = weights[..., shared:] @ values
     if prompt is not None:
@@ -306,10 +317,7 @@ class Attending(Protocol):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        *,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
+        scoring: Scoring,
     ) -> Tensor:
         """See ``SlotStore.attend``."""
 
@@ -328,15 +336,12 @@ class _Pass:
         self, index: int, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
     ) -> Tensor:
         scaling = options.get("scaling")
-        known = {
-            "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
-            "softcap": options.get("softcap"),
-            "sinks": options.get("s_aux"),
-        }
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scoring = Scoring(scaling, options.get("softcap"), options.get("s_aux"))
         outputs, first = [], 0
         for store in self.stores:
             rows = slice(first, first := first + len(store))
-            outputs.append(store.attend(index, self.layers[index], query[rows], key[rows], value[rows], **known))
+            outputs.append(store.attend(index, self.layers[index], query[rows], key[rows], value[rows], scoring))
         if first < query.shape[0]:  # padding rows attend to nothing
             outputs.append(value.new_zeros(query.shape[0] - first, query.shape[2], query.shape[1], value.shape[-1]))
         return outputs[0].contiguous() if len(outputs) == 1 else torch.cat(outputs)

@@ -9,7 +9,7 @@ from typing import Any
 
 from langchain_aisp.evaluation.metrics import Verdict
 from langchain_aisp.rewards.foreign import text_of
-from langchain_aisp.rewards.judge import HELPFUL, check_model, fence_code, fenced, neutral
+from langchain_aisp.rewards.judge import HELPFUL, check_model, fence
 from langchain_aisp.types import Chat, require
 
 Messages = list[dict[str, str]]
@@ -70,9 +70,7 @@ class PairJudge:
     def prompt(self, chat: Chat, first: str, second: str) -> Messages:
         """What the judge is asked about two answers."""
         texts = [*((str(turn.get("role")), text_of(turn)) for turn in chat), ("first", first), ("second", second)]
-        quoted = [(neutral(label), neutral(text)) for label, text in texts]
-        code = fence_code(self.rubric, quoted, 0)
-        shown = [fenced(label, text, code) for label, text in quoted]
+        code, shown = fence(texts, self.rubric)
         parts = ["The conversation:", *shown[:-2], "The answers:", *shown[-2:]]
         return [
             {"role": "system", "content": _TASK.format(code=code, rubric=self.rubric)},

@@ -10,9 +10,11 @@ import math
 from bisect import bisect_right
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
+from langchain_aisp.noise import fold, uniform
 from langchain_aisp.types import require
 
 DRAWS = 10_000
@@ -64,23 +66,30 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def bootstrap_interval(
-    values: Sequence[float], *, level: float = 0.95, draws: int = DRAWS, seed: int = 2026
+    values: Sequence[float],
+    *,
+    statistic: Literal["mean", "median"] = "mean",
+    level: float = 0.95,
+    draws: int = DRAWS,
+    seed: int = 2026,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean: quantiles of the means of ``draws`` resamples with replacement.
+    """Percentile bootstrap interval: quantiles of the statistics of ``draws`` resamples with replacement.
 
     Args:
-        values: [n], for a paired interval the differences.
-        level: Share of the resampled means that lie inside.
+        values: [n], for a paired interval the differences or ratios.
+        statistic: Of which the interval is.
+        level: Share of the resampled statistics that lie inside.
         draws: Number of resamples.
         seed: The same seed gives the same interval.
 
     Source: Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
     data = torch.tensor(values, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(len(data), (draws, len(data)), generator=generator)
+    picks = (uniform(fold(seed, torch.arange(draws * len(data)))) * len(data)).long().view(draws, -1)
+    resampled = data[picks]
+    found = resampled.mean(dim=1) if statistic == "mean" else resampled.median(dim=1).values
     edges = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = data[picks].mean(dim=1).quantile(edges).tolist()
+    low, high = found.quantile(edges).tolist()
     return low, high
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from asyncio import AbstractEventLoop
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import count
 from threading import Lock
@@ -105,9 +105,7 @@ class JudgeReward(Settled):
     def prompt(self, chat: Chat, response: Response, vote: int = 0) -> Messages:
         """What the judge is asked about one candidate."""
         texts = [*((str(message.get("role")), _shown(message)) for message in chat), ("candidate", _spoken(response))]
-        quoted = [(neutral(label), neutral(text)) for label, text in texts]
-        code = fence_code(self.rubric, quoted, vote)
-        *turns, candidate = [fenced(label, text, code) for label, text in quoted]
+        code, (*turns, candidate) = fence(texts, self.rubric, vote)
         return [
             {"role": "system", "content": _TASK.format(code=code, rubric=self.rubric, line=self._line)},
             {"role": "user", "content": "\n\n".join(["The conversation:", *turns, "The answer to grade:", candidate])},
@@ -248,23 +246,30 @@ def _with_calls(text: str, calls: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([text, *lines])
 
 
-def neutral(text: str) -> str:
+def fence(texts: Iterable[tuple[str, str]], rubric: str, vote: int = 0) -> tuple[str, list[str]]:
+    """Quote labelled texts between markers that they cannot forge.
+
+    Args:
+        texts: Label and text of each.
+        rubric: What they are judged by.
+        vote: Number of the question about them; each gets a code of its own.
+
+    Returns:
+        The code that real markers carry, and the quoted texts.
+    """
+    quoted = [(_neutral(label), _neutral(text)) for label, text in texts]
+    shown = json.dumps(quoted)
+    code = next(code for code in _codes(rubric, shown, str(vote)) if code not in shown.casefold())
+    return code, [f"⟦{label} {code}⟧\n{text}\n⟦end {code}⟧" for label, text in quoted]
+
+
+def _neutral(text: str) -> str:
     """The text without the brackets of the markers and without the tokens of chat templates."""
     return without_control_tokens(text.translate(_PLAIN_BRACKETS))
 
 
-def fenced(label: str, text: str, code: str) -> str:
-    """A text between markers that it cannot forge, see ``fence_code``."""
-    return f"⟦{label} {code}⟧\n{text}\n⟦end {code}⟧"
-
-
-def fence_code(rubric: str, quoted: Sequence[tuple[str, str]], vote: int) -> str:
-    """A hash of all that is shown; the first of a series that does not occur in it."""
-    shown = json.dumps(quoted)
-    return next(code for code in _codes(rubric, shown, str(vote)) if code not in shown.casefold())
-
-
 def _codes(*parts: str) -> Iterator[str]:
+    """Hashes of all that is shown; the first that does not occur in it is taken."""
     return (digest("fence", *parts, str(salt))[:16] for salt in count())
 
 

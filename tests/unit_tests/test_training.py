@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from langchain_aisp.demo import LANGUAGE_MODEL_PATH, REWARD_MODEL_PATH, check, draft, redraw, scenarios
 from training import language_model, reward_model
+from training.optimize import Recipe
 from training.rows import Encoder, Judged
 
 CASE = scenarios("train", 1, seed=4)[0]
@@ -82,8 +83,16 @@ def test_the_labeller_errs_seldom_and_more_often_where_it_is_hard(encoder):
     assert errors(easy) == 0
 
 
+def test_a_new_language_model_starts_like_chance_and_learns(tokenizer):
+    model, losses, rows = language_model.train(tokenizer, Recipe(steps=2, tokens=400))
+    assert losses[0] == pytest.approx(torch.tensor(float(len(tokenizer))).log().item(), rel=0.2)
+    assert len(losses) == 2
+    assert rows >= 512  # as many as the first batches are sorted out of
+    assert not torch.equal(model.lm_head.weight, language_model.new_model(tokenizer, seed=0).lm_head.weight)
+
+
 def test_a_judge_starts_from_the_language_model_and_learns_in_both_courses(writer, tokenizer):
-    recipe = reward_model.Recipe(steps=2, tokens=400)
+    recipe = Recipe(steps=2, tokens=400)
     own = [(CASE, answers(4))]
     judge, losses = reward_model.train(writer, tokenizer, own, recipe)
     first = judge.model.layers[0].self_attn.q_proj.weight
