@@ -9,15 +9,19 @@ DEMO ?=
 BENCH ?= quality speed grammar concurrency scaling memory
 TESTS ?= tests
 PYTEST_WORKERS ?= 2
+BENCH ?= quality speed grammar concurrency scaling memory
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench demo-models build clean
+.PHONY: help demo demo-agent test lint format bench demo-models build clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.installed ## Watch a search raise the reward of an answer (DEMO="--prompts 3" passes options)
 	$(BIN)/langchain-aisp demo $(DEMO)
+
+demo-agent: $(VENV)/.installed-agents ## Watch a support agent answer three customers with tools
+	$(BIN)/python examples/support_agent.py
 
 test: $(VENV)/.installed-dev ## Run every test, the examples and the code in the docs (TESTS=path narrows it)
 	$(BIN)/python -m pytest --numprocesses $(PYTEST_WORKERS) --dist loadfile $(TESTS)
@@ -54,6 +58,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing langchain-aisp and its dependencies into $(VENV); the first time this takes minutes."
 	$(INSTALL) --upgrade pip
 	$(INSTALL) --editable '.[cli]'
+	@touch $@
+
+$(VENV)/.installed-agents: $(VENV)/.installed
+	$(INSTALL) --editable '.[cli,agents]'
 	@touch $@
 
 # pip reads dependency groups since version 25.1; the rule above has brought a newer one.

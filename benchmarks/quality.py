@@ -1,10 +1,11 @@
 """Reward and gold reward at equal numbers of samples, on the demo pair: the default AISP against Best-of-N.
 
 Why: a search is worth its name only if it beats plain sampling at equal cost, on prompts that nothing was chosen on,
-and by a measure that nobody optimised. Best-of-N and the default AISP each get their best temperature, chosen by reward
-on dev prompts at the full budget; AISP also runs at 1.0, as a user gets it. Every method answers
-the same test prompts with the same seeds; the gold reward is the demo's exact checker. Runs are kept one by one, so a
-run that was stopped goes on where it was.
+and by a measure that nobody optimised. Temperatures are chosen on dev prompts at the full budget: Best-of-N gets the
+one of the highest reward, the default AISP the lowest that is within a standard error of its highest, because what is
+nearer to the model fools the reward less. AISP also runs at 1.0, as a user gets it. Every method answers the same test
+prompts with the same seeds; the gold reward is the demo's exact checker. Runs are kept one by one, so a run that was
+stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from langchain_aisp.types import Method, Sampling
 MAX_TOKENS = 80
 TEMPERATURES = {"best_of_n": (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0), "aisp": (0.3, 0.4, 0.5, 0.7)}  # the best lie inside
 WAVE = 32
+SEEDS = {"dev": 1, "test": 3}  # of the prompts; test prompts of 1 and 2 were looked at before settings were final
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Arm:
 
 def best_of_n(samples: int, temperature: float, split: str) -> Arm:
     """Best-of-N at one temperature."""
-    return Arm(f"best_of_{samples}@{temperature}", split, BestOfN(samples, temperature, samples_per_wave=WAVE))
+    return Arm(f"best_of_{samples}@{temperature}", split, BestOfN(samples, samples_per_wave=WAVE), temperature)
 
 
 def aisp(samples: int, temperature: float, split: str) -> Arm:
@@ -83,7 +85,7 @@ def _pair() -> tuple[TransformersEngine, ClassifierReward]:
 
 @cache
 def _prompts(split: str, count: int) -> Sequence[Scenario]:
-    return scenarios(split, count, seed=1)
+    return scenarios(split, count, seed=SEEDS[split])
 
 
 def run(task: tuple[Arm, int, int]) -> dict[str, Any]:
@@ -190,6 +192,22 @@ def _means(log: Log, arm: Arm, count: int, samples: int) -> list[float]:
     return [sum(log.column(arm, count, samples, which)) / count for which in (0, 1)]
 
 
+def best_temperature(arms: Sequence[Arm], count: int, log: Log, samples: int) -> Arm:
+    """The arm with the highest mean reward."""
+    return max(arms, key=lambda arm: _means(log, arm, count, samples)[0])
+
+
+def coolest_of_the_best(arms: Sequence[Arm], count: int, log: Log, samples: int) -> Arm:
+    """The arm of the lowest temperature whose reward is within one paired standard error of the highest."""
+    highest = log.column(best_temperature(arms, count, log, samples), count, samples, 0)
+
+    def is_close(arm: Arm) -> bool:
+        lost = torch.tensor(highest) - torch.tensor(log.column(arm, count, samples, 0))
+        return bool(lost.mean() <= lost.std() / count**0.5)
+
+    return min(filter(is_close, arms), key=lambda arm: arm.temperature)
+
+
 def show(result: dict[str, Any]) -> None:
     """The comparison as a table for people."""
     print(f"{'arm':22} {'reward':>8} {'gold':>6}   difference in reward         tokens  seconds")
@@ -218,16 +236,16 @@ def main() -> None:
     on_dev = {
         arm.name: _means(log, arm, args.dev_prompts, args.samples)[0] for arms in candidates.values() for arm in arms
     }
-    best = {
-        name: max(zip(arms, TEMPERATURES[name], strict=True), key=lambda pair: on_dev[pair[0].name])[1]
-        for name, arms in candidates.items()
-    }
-    arms = test_arms(args.samples, best["best_of_n"], best["aisp"])
+    theirs, ours = (
+        choose(candidates[name], args.dev_prompts, log, args.samples).temperature
+        for name, choose in (("best_of_n", best_temperature), ("aisp", coolest_of_the_best))
+    )
+    arms = test_arms(args.samples, theirs, ours)
     do(arms, args.prompts, log, args.workers)
     result = compare(arms, args.prompts, args.samples, log)
     show(result)
     settings = {"samples": args.samples, "prompts": args.prompts, "max_tokens": MAX_TOKENS}
-    save("quality", {**settings, "dev_rewards": on_dev, "temperatures": best, **result})
+    save("quality", {**settings, "dev_rewards": on_dev, "temperatures": {"best_of_n": theirs, "aisp": ours}, **result})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Hashable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Required, TypeAlias, TypedDict, Unpack, cast
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from langchain_aisp.types import (
     Chat,
+    Crediting,
     Deciding,
     Engine,
     Info,
@@ -36,24 +37,39 @@ from langchain_aisp.types import (
     require,
 )
 
-Stopped = Literal["iterations", "finished", "samples", "seconds", "target_reward", "patience"]
+Stopped = Literal["iterations", "finished", "samples", "seconds", "target_reward", "patience", "infeasible"]
+"""Why a search ended; ``infeasible`` stands for whatever it was when no response was within ``min_base_logprob``."""
 
 
 @dataclass(frozen=True)
 class Budget:
     """What a search may spend; it stops at whatever is reached first, or at the method's last iteration.
 
+    The last two say how far an answer may part from the model by itself. ``kl_budget`` bounds what a steering does
+    while tokens are drawn; a method that steers nothing spends nothing of it. ``min_base_logprob`` bounds the answer,
+    however it was found: by steering, by branching, by choosing among many, or by argmax.
+
     Attributes:
         samples: Most responses to decode; the last wave is shortened to end exactly there.
-        seconds: Wall-clock time; responses still being decoded then are cut off. A reward under way is waited for.
+        seconds: Wall-clock time; responses still being decoded then are cut off. A reward under way is waited for, and
+            so is the last look at ``min_base_logprob``.
         target_reward: A complete response with this reward is good enough.
         patience: Iterations without a better response.
+        kl_budget: Nats per response, kept beginnings included: the sum over its tokens of ``KL(steered ‖ unsteered)``,
+            see ``Wave``, never passes it. Steered argmax decoding is refused, since it draws from nothing.
+        min_base_logprob: Nats per response, at most 0: the natural logarithm of the probability with which the model by
+            itself says the answer, at temperature 1, among the tokens allowed at each position. Only responses at least
+            so likely are returned, or else the likeliest one, a complete one if there is any. It is the sum over the
+            tokens, not their mean, which an absurd phrase among many likely tokens would pass: so it bounds every
+            token, and longer answers need more room. ``-math.inf`` bounds nothing and tells the number.
     """
 
     samples: int | None = None
     seconds: float | None = None
     target_reward: float | None = None
     patience: int | None = None
+    kl_budget: float | None = None
+    min_base_logprob: float | None = None
 
     def __post_init__(self) -> None:
         """Reject budgets that leave nothing to do."""
@@ -63,6 +79,12 @@ class Budget:
         seconds, target = self.seconds, self.target_reward
         require(seconds is None or seconds > 0, f"seconds must be positive, got {seconds}; None means no limit")
         require(target is None or not math.isnan(target), "target_reward must not be nan; None means no target")
+        nats, logprob = self.kl_budget, self.min_base_logprob
+        require(nats is None or nats >= 0, f"kl_budget must not be negative, got {nats}; None means no limit")
+        require(
+            logprob is None or logprob <= 0,
+            f"min_base_logprob must be at most 0, the logarithm of certainty, got {logprob}; None means no limit",
+        )
 
     def deadline(self, start: float) -> float | None:
         """When decoding must end, on the clock of ``start``; None for no limit."""
@@ -70,7 +92,8 @@ class Budget:
 
     def reason_to_stop(self, now: Iteration, best: Candidate) -> Stopped | None:
         """Which limit the search has reached after an iteration, if any."""
-        if self.target_reward is not None and best.response.complete and best.reward >= self.target_reward:
+        good = self.target_reward is not None and best.reward >= self.target_reward
+        if good and best.response.complete and now.feasible:
             return "target_reward"
         if self.samples is not None and now.samples >= self.samples:
             return "samples"
@@ -89,6 +112,16 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Check:
+    """A search's wish to know how likely responses are that it has; the answer is the wave's ``Rollouts``.
+
+    Unlike other waves it decodes nothing new, and no deadline cuts it off.
+    """
+
+    wave: Wave
+
+
+@dataclass(frozen=True)
 class Iteration:
     """What one iteration brought, and what all of them have cost so far.
 
@@ -103,6 +136,9 @@ class Iteration:
         reward_calls: Responses scored so far; identical ones are scored once.
         reward_seconds: Time spent waiting for rewards so far.
         response: The best response so far.
+        base_logprob: Log-probability of that response, in nats, if ``Budget.min_base_logprob`` asks for it.
+        feasible: Whether it is within that limit; if not, none so far is, and the best is the likeliest.
+        kl: Nats by which that response was steered away from the model, if there is a ``Budget.kl_budget``.
     """
 
     iteration: int
@@ -115,6 +151,9 @@ class Iteration:
     reward_calls: int
     reward_seconds: float
     response: Response
+    base_logprob: float | None = None
+    feasible: bool = True
+    kl: float | None = None
 
     @property
     def ess(self) -> float:
@@ -129,6 +168,8 @@ class Iteration:
     @property
     def numbers(self) -> dict[str, float]:
         """All of it but the response, as one flat line for a trace, a log or a progress bar."""
+        limits = {} if self.base_logprob is None else {"base_logprob": self.base_logprob, "feasible": self.feasible}
+        steered = {} if self.kl is None else {"kl": self.kl}
         return {
             "iteration": self.iteration,
             "best": self.best,
@@ -139,6 +180,8 @@ class Iteration:
             "sampled_tokens": self.sampled_tokens,
             "reward_calls": self.reward_calls,
             "reward_seconds": self.reward_seconds,
+            **limits,
+            **steered,
         }
 
 
@@ -152,6 +195,8 @@ class Candidate:
         iteration: The iteration that decoded it.
         row: Its row in that iteration's wave.
         tokens: Its token ids, the end token included.
+        base_logprob: Log-probability of the tokens, in nats, as ``Budget.min_base_logprob`` takes it; None if unknown.
+        kl: Nats by which the tokens were steered away from the model; None without a ``Budget.kl_budget``.
     """
 
     response: Response
@@ -159,6 +204,8 @@ class Candidate:
     iteration: int
     row: int
     tokens: tuple[int, ...]
+    base_logprob: float | None = None
+    kl: float | None = None
 
     @property
     def rank(self) -> tuple[bool, float, int, int]:
@@ -173,9 +220,11 @@ class Aligned:
     Attributes:
         method: Name of the method.
         prompt: What was answered.
-        candidates: Every decoded response, the best first; before the others those that the method calls answers.
+        candidates: Every decoded response, the best first; before the others those that the method calls answers, and
+            among these last what is known to miss ``Budget.min_base_logprob``. If all miss it, the likeliest is first.
         trace: One record per iteration.
         stopped: The limit that ended the search.
+        min_base_logprob: That limit, in nats.
     """
 
     method: str
@@ -183,6 +232,7 @@ class Aligned:
     candidates: tuple[Candidate, ...]
     trace: tuple[Iteration, ...]
     stopped: Stopped
+    min_base_logprob: float | None = None
 
     @property
     def best(self) -> Candidate:
@@ -192,10 +242,20 @@ class Aligned:
     @property
     def distinct(self) -> tuple[Candidate, ...]:
         """The candidates without repetitions, the best first."""
-        found: dict[Hashable, Candidate] = {}
-        for candidate in self.candidates:
-            found.setdefault(_identity(candidate.response), candidate)
-        return tuple(found.values())
+        return _distinct(self.candidates)
+
+    @property
+    def feasible(self) -> tuple[Candidate, ...]:
+        """The distinct candidates that may be returned, the best first; the best alone where none is within the limit.
+
+        With a limit these are as many as were asked for, since no others were looked at.
+        """
+        least = self.min_base_logprob
+        if least is None:
+            return self.distinct
+        if not _is_within(self.best, least):
+            return (self.best,)
+        return _distinct(candidate for candidate in self.candidates if _is_within(candidate, least))
 
     @property
     def prompt_tokens(self) -> int:
@@ -228,7 +288,7 @@ class Aligned:
         return self.trace[-1].reward_seconds
 
 
-Wish: TypeAlias = Wave | Score | Iteration
+Wish: TypeAlias = Wave | Score | Check | Iteration
 Answer: TypeAlias = Rollouts | Tensor | None
 Search: TypeAlias = Generator[Wish, Answer, Aligned]
 
@@ -238,6 +298,8 @@ def search(
     problem: Problem,
     budget: Budget,
     *,
+    answers: int = 1,
+    partial: bool = False,
     clock: Callable[[], float] = time.monotonic,
     start: float | None = None,
 ) -> Search:
@@ -248,13 +310,15 @@ def search(
     Args:
         method: Proposes waves and learns from their rewards.
         problem: What to answer, and how tokens are drawn.
-        budget: When to stop.
+        budget: When to stop, and how far an answer may part from the model.
+        answers: How many distinct responses are wanted within ``budget.min_base_logprob``.
+        partial: Whether the rewards understand unfinished texts: then a method may ask what beginnings earn.
         clock: Tells the time in seconds.
         start: When the search began, on that clock; by default when it is first advanced.
 
     Yields:
-        A ``Wave``, to be sent its ``Rollouts``; a ``Score``, to be sent float32 rewards [len(pairs)]; an
-        ``Iteration``, to be sent nothing.
+        A ``Wave``, to be sent its ``Rollouts``; a ``Score``, to be sent float32 rewards [len(pairs)]; a ``Check``, to
+        be sent its wave's ``Rollouts``; an ``Iteration``, to be sent nothing.
 
     Returns:
         The candidates, the best first, and what they cost.
@@ -262,14 +326,20 @@ def search(
     start = clock() if start is None else start
     state = method.init(problem)
     known: dict[Hashable, float] = {}
+    spending, ranking = _Spending(budget.kl_budget), _Ranking(problem, budget.min_base_logprob)
     candidates: list[Candidate] = []
     trace: list[Iteration] = []
     sampled_tokens, reward_seconds = 0, 0.0
     stopped: Stopped | None = None
     while stopped is None:
+        if partial:
+            asked = clock()
+            state = yield from _credited(state, problem.prompt.chat, known)
+            reward_seconds += clock() - asked
         wave = method.propose(state)
         if budget.samples is not None:
             wave = first_rows(wave, budget.samples - len(candidates))
+        wave = spending.bound(wave)
         rollouts = cast(Rollouts, (yield wave))
         sampled_tokens += rollouts.sampled_tokens
 
@@ -278,8 +348,8 @@ def search(
         reward_seconds += clock() - asked
 
         state, info = method.update(state, wave, rollouts, rewards)
-        candidates += _candidates(len(trace), rollouts, rewards)
-        best = min(candidates, key=_order(state))
+        candidates += _candidates(len(trace), rollouts, rewards, spending.charge(wave, rollouts))
+        best = yield from ranking.best(candidates, state)
         now = Iteration(
             iteration=len(trace),
             best=best.reward,
@@ -291,12 +361,25 @@ def search(
             reward_calls=len(known),
             reward_seconds=reward_seconds,
             response=best.response,
+            base_logprob=best.base_logprob,
+            feasible=ranking.is_feasible(best),
+            kl=best.kl,
         )
         trace.append(now)
         yield now
         stopped = budget.reason_to_stop(now, best) or _end(method, state, now)
-    ranked = sorted(candidates, key=_order(state))
-    return Aligned(method.name, problem.prompt, tuple(ranked), tuple(trace), stopped)
+    ranked = yield from ranking.all(candidates, state, answers)
+    stopped = stopped if ranking.is_feasible(ranked[0]) else "infeasible"
+    return Aligned(method.name, problem.prompt, tuple(ranked), tuple(trace), stopped, budget.min_base_logprob)
+
+
+def _credited(state: StateT, chat: Chat, known: dict[Hashable, float]) -> Generator[Wish, Answer, StateT]:
+    """The state with the rewards of the beginnings that it asks for, if it does so."""
+    if not isinstance(state, Crediting) or (wave := state.beginnings) is None:
+        return state
+    rollouts = cast(Rollouts, (yield Check(wave)))
+    rewards = yield from _rewards(chat, rollouts.responses, known)
+    return cast(StateT, state.credited(rewards))
 
 
 def _order(state: object) -> Callable[[Candidate], tuple[bool, tuple[bool, float, int, int]]]:
@@ -314,7 +397,8 @@ def _end(method: Method[Any], state: object, now: Iteration) -> Stopped | None:
 
 def first_rows(wave: Wave, count: int) -> Wave:
     """The wave's first ``count`` rows; steering is indexed by row, so it serves them unchanged."""
-    return replace(wave, prefix=wave.prefix[:count], cut=wave.cut[:count], keys=wave.keys[:count])
+    spent = None if wave.kl_spent is None else wave.kl_spent[:count]
+    return replace(wave, prefix=wave.prefix[:count], cut=wave.cut[:count], keys=wave.keys[:count], kl_spent=spent)
 
 
 class Settings(TypedDict, total=False):
@@ -324,7 +408,9 @@ class Settings(TypedDict, total=False):
         sampling: How tokens are drawn; always needed.
         tools: Tools that the model is told of, in the form of the OpenAI API; none unless given.
         seed: The same seed gives the same answer; 0 unless given.
-        budget: When to stop; without one, at the method's last iteration.
+        budget: When to stop, and how far the answer may part from the model; without one, at the method's last
+            iteration and without limits.
+        answers: How many distinct responses are wanted within ``Budget.min_base_logprob``; 1 unless given.
         continue_last: Continue the last message instead of answering it; False unless given.
     """
 
@@ -332,6 +418,7 @@ class Settings(TypedDict, total=False):
     tools: Sequence[Mapping[str, Any]]
     seed: int
     budget: Budget
+    answers: int
     continue_last: bool
 
 
@@ -351,7 +438,8 @@ def iterate(
         reward: Scores the responses.
         method: The search.
         chat: The conversation to answer.
-        settings: ``sampling`` and, if wanted, ``tools``, ``seed``, ``budget`` and ``continue_last``, see ``Settings``.
+        settings: ``sampling`` and, if wanted, ``tools``, ``seed``, ``budget``, ``answers`` and ``continue_last``, see
+            ``Settings``.
 
     Yields:
         An ``Iteration`` after each wave and, last, the ``Aligned`` outcome.
@@ -440,10 +528,12 @@ class _Run:
         except StopIteration as end:
             return cast(Aligned, end.value)
 
-    def submit(self, wish: Wave | Score, loop: asyncio.AbstractEventLoop | None) -> Ticket[Rollouts | Tensor]:
+    def submit(self, wish: Wave | Score | Check, loop: asyncio.AbstractEventLoop | None) -> Ticket[Rollouts | Tensor]:
         """Start what the search asks for."""
         if isinstance(wish, Wave):
             return self.engine.submit(wish, deadline=self.deadline)
+        if isinstance(wish, Check):
+            return self.engine.submit(wish.wave)
         return self.reward.submit(wish.pairs, loop=loop)
 
 
@@ -457,7 +547,9 @@ def _start(engine: Engine, reward: Reward, method: Method[Any], chat: Chat, sett
     )
     start = time.monotonic()
     budget = settings.get("budget", Budget())
-    steps = search(method, Problem(prompt, settings["sampling"], engine.head), budget, start=start)
+    problem = Problem(prompt, settings["sampling"], engine.head)
+    partial = bool(getattr(reward, "partial", False))
+    steps = search(method, problem, budget, answers=settings.get("answers", 1), partial=partial, start=start)
     return _Run(engine, reward, steps, budget.deadline(start))
 
 
@@ -484,10 +576,121 @@ def _identity(response: Response) -> Hashable:
     return (response.text, response.finish_reason, response.reasoning, tool_calls)
 
 
-def _candidates(iteration: int, rollouts: Rollouts, rewards: Tensor) -> list[Candidate]:
-    """A wave's rows as candidates."""
-    rows = zip(rollouts.responses, rewards.tolist(), rollouts.tokens.tolist(), rollouts.lengths.tolist(), strict=True)
+def _distinct(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
+    """The candidates without repetitions, in order."""
+    found: dict[Hashable, Candidate] = {}
+    for candidate in candidates:
+        found.setdefault(_identity(candidate.response), candidate)
+    return tuple(found.values())
+
+
+def _candidates(iteration: int, rollouts: Rollouts, rewards: Tensor, nats: Sequence[float | None]) -> list[Candidate]:
+    """A wave's rows as candidates, each steered by so many nats."""
+    written = [row[:length] for row, length in zip(rollouts.tokens.tolist(), rollouts.lengths.tolist(), strict=True)]
+    rows = zip(rollouts.responses, rewards.tolist(), written, nats, strict=True)
     return [
-        Candidate(response, reward, iteration, row, tuple(tokens[:length]))
-        for row, (response, reward, tokens, length) in enumerate(rows)
+        Candidate(response, reward, iteration, row, tuple(tokens), kl=kl)
+        for row, (response, reward, tokens, kl) in enumerate(rows)
     ]
+
+
+class _Spending:
+    """What decoded positions have taken of the KL budget, by their noise keys.
+
+    A key belongs to one decoded position, and rows copy it with the token that they keep. A token that the method has
+    chosen has a key of its own and was not drawn under any steering.
+    """
+
+    def __init__(self, budget: float | None) -> None:
+        self._budget = budget
+        self._nats: dict[int, float] = {}
+
+    def bound(self, wave: Wave) -> Wave:
+        """The wave with the budget, less what its rows keep."""
+        if self._budget is None:
+            return wave
+        kept = zip(wave.keys.tolist(), wave.cut.tolist(), strict=True)
+        spent = [sum(self._nats.get(key, 0.0) for key in keys[:cut]) for keys, cut in kept]
+        return replace(wave, kl_budget=self._budget, kl_spent=torch.tensor(spent, dtype=torch.float64))
+
+    def charge(self, wave: Wave, rollouts: Rollouts) -> Sequence[float | None]:
+        """Note what a wave has taken; nats of each of its rows, with what they kept, None without a budget."""
+        if wave.kl_spent is None:
+            return [None] * len(wave)
+        if wave.steering is None:
+            return wave.kl_spent.tolist()
+        require("kl" in rollouts.observed, "this engine cannot bound how far it steers; leave out kl_budget")
+        positions = torch.arange(wave.keys.shape[1])
+        decoded = (positions >= wave.cut[:, None]) & (positions < rollouts.lengths[:, None])
+        taken = rollouts.observed["kl"].where(decoded, 0)
+        self._nats.update(zip(wave.keys[taken > 0].tolist(), taken[taken > 0].tolist(), strict=True))
+        total: list[float] = (wave.kl_spent + taken.double().sum(dim=1)).tolist()
+        return total
+
+
+class _Ranking:
+    """Which candidates are best, and may be returned: only these are checked, from the best down, each text once."""
+
+    def __init__(self, problem: Problem, least: float | None) -> None:
+        self._problem = problem
+        self._least = least
+        self._known: dict[tuple[int, ...], float] = {(): 0.0}
+
+    def is_feasible(self, candidate: Candidate) -> bool:
+        """Whether a ranked candidate may be returned."""
+        return self._least is None or _is_within(candidate, self._least)
+
+    def best(self, candidates: Sequence[Candidate], state: object) -> Generator[Wish, Answer, Candidate]:
+        """The best candidate, or the likeliest where none may be returned."""
+        if self._least is None:
+            return min(candidates, key=_order(state))
+        return (yield from self.all(candidates, state, 1))[0]
+
+    def all(
+        self, candidates: Sequence[Candidate], state: object, wanted: int
+    ) -> Generator[Wish, Answer, list[Candidate]]:
+        """All candidates, the best first, so many of them checked that the ``wanted`` best distinct ones are known."""
+        order = _order(state)
+        ranked = sorted(candidates, key=order)
+        if self._least is None:
+            return ranked
+        answers = sum(not order(candidate)[0] for candidate in ranked) or len(ranked)  # what stands is ranked first
+        found, looked_at = 0, 0
+        while found < wanted and looked_at < answers:
+            looked_at = min(max(wanted, 4 * looked_at), answers)
+            yield from self._learn(ranked[:looked_at])
+            found = len(_distinct(each for each in ranked[:looked_at] if not self._misses(each)))
+        told = [replace(each, base_logprob=self._known.get(each.tokens)) for each in ranked]
+        by: Callable[[Candidate], Any] = self._misses if found else _likeliest_first
+        return sorted(told[:answers], key=by) + told[answers:]
+
+    def _misses(self, candidate: Candidate) -> bool:
+        """Whether a candidate is known to be too unlikely."""
+        assert self._least is not None
+        return self._known.get(candidate.tokens, 0.0) < self._least
+
+    def _learn(self, candidates: Sequence[Candidate]) -> Generator[Wish, Answer, None]:
+        """Ask for the log-probabilities of those that are not known yet."""
+        unknown = list(dict.fromkeys(each.tokens for each in candidates if each.tokens not in self._known))
+        if not unknown:
+            return
+        wave = Wave.saying(self._problem.prompt, unknown, self._problem.sampling, {"base_logprobs"})
+        rollouts = cast(Rollouts, (yield Check(wave)))
+        require(
+            torch.equal(rollouts.tokens[wave.said], wave.prefix[wave.said]),
+            "this engine draws tokens where it was given some (Wave.forced), so it cannot tell how likely a response "
+            "is; leave out min_base_logprob",
+        )
+        steps = rollouts.observed["base_logprobs"][wave.said].double().split([len(tokens) for tokens in unknown])
+        self._known.update(zip(unknown, (float(each.sum()) for each in steps), strict=True))
+
+
+def _is_within(candidate: Candidate, least: float) -> bool:
+    """Whether a candidate is known to be at least so likely."""
+    return candidate.base_logprob is not None and candidate.base_logprob >= least
+
+
+def _likeliest_first(candidate: Candidate) -> tuple[bool, float]:
+    """Sorts candidates of known log-probability; complete ones before those that were cut off."""
+    assert candidate.base_logprob is not None
+    return (not candidate.response.complete, -candidate.base_logprob)

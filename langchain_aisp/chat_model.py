@@ -12,7 +12,7 @@ import uuid
 import warnings
 import weakref
 from asyncio import to_thread
-from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing, contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -36,6 +36,7 @@ from langchain_aisp.calling import (
     plan,
     structured,
 )
+from langchain_aisp.committing import Block
 from langchain_aisp.demo import LANGUAGE_MODEL_PATH, REWARD_MODEL_PATH
 from langchain_aisp.logprobs import MOST_ALTERNATIVES, Logprobs
 from langchain_aisp.messages import to_chat
@@ -52,8 +53,8 @@ if TYPE_CHECKING:
 DEMO = "demo"
 
 PER_CALL = frozenset(
-    """budget grounded_arguments logprobs max_tokens method model n reward seed temperature timeout top_k top_logprobs
-    top_p""".split()
+    """budget commit_every grounded_arguments kl_budget logprobs max_tokens method min_base_logprob model n reward seed
+    temperature timeout top_k top_logprobs top_p""".split()
 )
 """Fields that ``invoke`` and its siblings accept for one call, besides ``stop``."""
 
@@ -79,9 +80,13 @@ class AISPChatModel(BaseChatModel):
     ``top_k``, at temperature 1. They cost one pass over the answer and about √T steps for its T tokens, after the
     search, which pays nothing; ``seconds`` and ``timeout`` do not count them.
 
-    ``invoke`` and its siblings take ``stop``, ``model``, ``reward``, ``method``, ``budget``, ``max_tokens``,
-    ``temperature``, ``top_p``, ``top_k``, ``seed``, ``timeout``, ``logprobs``, ``top_logprobs`` and
-    ``grounded_arguments`` for a single call.
+    With ``min_base_logprob`` the answer is one that the model by itself finds likely enough; where none was found, it
+    is the likeliest, and ``stopped`` is "infeasible". ``response_metadata["base_logprob"]`` tells how likely it is;
+    with ``kl_budget``, ``response_metadata["kl"]`` tells how far it was steered.
+
+    ``invoke`` and its siblings take ``stop``, ``model``, ``reward``, ``method``, ``budget``, ``kl_budget``,
+    ``min_base_logprob``, ``max_tokens``, ``temperature``, ``top_p``, ``top_k``, ``seed``, ``timeout``, ``logprobs``,
+    ``top_logprobs`` and ``grounded_arguments`` for a single call.
 
     Example:
         ```python
@@ -108,7 +113,14 @@ class AISPChatModel(BaseChatModel):
     """The search, with its own settings: ``AISP(...)``, ``BestOfN(...)`` or another method."""
 
     budget: Budget = Budget()
-    """What one answer may cost, whatever the method plans."""
+    """What one answer may cost, whatever the method plans, and how far it may part from the model."""
+
+    kl_budget: float | None = None
+    """Nats by which steering may part an answer from the model; the tighter of this and the budget's holds."""
+
+    min_base_logprob: float | None = None
+    """Log-probability in nats, a sum over all tokens, that the model by itself must give an answer, at most 0; the
+    tighter of this and the budget's holds. See ``Budget``."""
 
     max_tokens: int = 256
     """Longest answer, in tokens."""
@@ -130,6 +142,12 @@ class AISPChatModel(BaseChatModel):
 
     timeout: float | None = Field(default=None, validation_alias=AliasChoices("timeout", "request_timeout"))
     """Seconds after which the best answer so far is returned; the tighter of this and the budget's holds."""
+
+    commit_every: int | None = None
+    """Tokens per block when an answer is committed, and streamed, block by block; None streams it once it is whole.
+
+    The reward must understand unfinished texts, see ``as_reward(..., partial=True)``; there is no promise against plain
+    samples, and neither ``response_format``, tools nor ``n`` are possible. ``invoke`` gives the same answer."""
 
     n: int = 1
     """Generations per call in ``generate``: the answer and the next best distinct responses, as many as were found."""
@@ -350,7 +368,9 @@ class AISPChatModel(BaseChatModel):
             async for step in steps:
                 yield chunk(request, step)
 
-    def _steps(self, request: Request, run_manager: CallbackManagerForLLMRun | None) -> Generator[Iteration | Outcome]:
+    def _steps(
+        self, request: Request, run_manager: CallbackManagerForLLMRun | None
+    ) -> Generator[Iteration | Block | Outcome]:
         """The search, each iteration told to whoever listens."""
         with _langchain_errors(), closing(request.iterate()) as steps:
             for step in steps:
@@ -360,7 +380,7 @@ class AISPChatModel(BaseChatModel):
 
     async def _asteps(
         self, request: Request, run_manager: AsyncCallbackManagerForLLMRun | None
-    ) -> AsyncGenerator[Iteration | Outcome]:
+    ) -> AsyncGenerator[Iteration | Block | Outcome]:
         """``_steps`` for an event loop."""
         with _langchain_errors():
             async with aclosing(request.aiterate()) as steps:
@@ -391,6 +411,7 @@ class AISPChatModel(BaseChatModel):
             budget=model._budget,
             n=model.n,
             logprobs=Logprobs.of(engine, model.top_logprobs or 0) if model.logprobs else None,
+            commit_every=model.commit_every,
         )
 
     def _for_one_call(self, stop: list[str] | None, options: Mapping[str, Any]) -> Self:
@@ -437,9 +458,14 @@ class AISPChatModel(BaseChatModel):
 
     @property
     def _budget(self) -> Budget:
-        """The budget, tightened by the timeout."""
-        limits = [limit for limit in (self.budget.seconds, self.timeout) if limit is not None]
-        return replace(self.budget, seconds=min(limits, default=None))
+        """The budget, tightened by the fields that say the same."""
+        budget = self.budget
+        return replace(
+            budget,
+            seconds=_tighter(min, budget.seconds, self.timeout),
+            kl_budget=_tighter(min, budget.kl_budget, self.kl_budget),
+            min_base_logprob=_tighter(max, budget.min_base_logprob, self.min_base_logprob),
+        )
 
     @property
     def _llm_type(self) -> str:
@@ -463,6 +489,7 @@ class AISPChatModel(BaseChatModel):
             "budget": repr(self._budget),
             "seed": self.seed,
             "n": self.n,
+            "commit_every": self.commit_every,
             "grounded_arguments": self._grounded,
             "logprobs": self.top_logprobs or 0 if self.logprobs else None,
         }
@@ -533,6 +560,12 @@ def _langchain_errors() -> Iterator[None]:
         yield
     except ContextLengthError as error:
         raise ContextOverflowError(str(error)) from error
+
+
+def _tighter(choose: Callable[..., float], *limits: float | None) -> float | None:
+    """The one of the limits that is chosen; None where there is no limit."""
+    given = [limit for limit in limits if limit is not None]
+    return choose(given) if given else None
 
 
 @lru_cache(maxsize=1)

@@ -31,7 +31,7 @@ try:
     from rich.table import Table
     from rich.text import Text
 
-    from langchain_aisp import fitting_command
+    from langchain_aisp import fitting_command, preferences_command, tuning_command
     from langchain_aisp.evaluation import commands as evaluation_commands
 except ImportError as missing:  # not an ImportError again: a command should end with one line, not with a traceback
     raise SystemExit(f"{missing}. The command line needs an extra: pip install 'langchain-aisp[cli]'") from missing
@@ -328,6 +328,8 @@ def sparkline(values: Sequence[float], low: float, high: float) -> str:
 
 evaluation_commands.register(app)
 fitting_command.register(app)
+tuning_command.register(app)
+preferences_command.register(app)
 
 
 def main() -> None:

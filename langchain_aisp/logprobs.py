@@ -8,7 +8,7 @@ length only (recurrent models), the blocks take turns: about T steps of one row.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from typing import Any
@@ -89,7 +89,7 @@ class Logprobs:
         entries: Iterator[Entry] = iter(())
         if any(said):
             observe: set[Observable] = {"base_logprobs", "alternatives"} if self.top else {"base_logprobs"}
-            wave = forced_wave(prompt, said, observe)
+            wave = Wave.saying(prompt, said, Sampling(min_tokens=0), observe)
             entries = self._entries(wave, (yield wave))
         return tuple(list(islice(entries, len(tokens))) for tokens in said)
 
@@ -104,8 +104,7 @@ class Logprobs:
 
     def _entries(self, wave: Wave, rollouts: Rollouts) -> Iterator[Entry]:
         """Entries of all tokens that the wave was to say, in order."""
-        positions = torch.arange(wave.prefix.shape[1])
-        asked = (wave.prefix >= 0) & (positions >= wave.cut[:, None])
+        asked = wave.said
         require(
             torch.equal(rollouts.tokens[asked], wave.prefix[asked]),
             "this engine draws tokens where it was given some (Wave.forced), so it cannot tell the log-probabilities "
@@ -133,24 +132,3 @@ class Logprobs:
 
 
 _SPELLINGS: WeakKeyDictionary[Any, LLTokenizer] = WeakKeyDictionary()
-
-
-def forced_wave(prompt: Prompt, answers: Sequence[Sequence[int]], observe: Iterable[Observable]) -> Wave:
-    """A wave that says given answers, not all of them empty; each row says a block of one of them, in order."""
-    blocks = [block for answer in answers for block in _blocks(answer)]
-    prefix = torch.full((len(blocks), max(map(len, answers))), -1)
-    for row, (said, _) in zip(prefix, blocks, strict=True):
-        row[: len(said)] = torch.tensor(said)
-    cut = torch.tensor([start for _, start in blocks])
-    keys = torch.zeros_like(prefix)  # nothing is drawn
-    sampling = Sampling(max_tokens=prefix.shape[1], min_tokens=0)
-    return Wave(prompt, prefix, cut, keys, sampling, observe=frozenset(observe), forced=True)
-
-
-def _blocks(answer: Sequence[int]) -> list[tuple[Sequence[int], int]]:
-    """The answer up to the end of each block, and where the block begins.
-
-    Each of B rows remembers what it keeps, and T / B steps are made for T tokens: √T is little of both.
-    """
-    size = math.isqrt(max(len(answer) - 1, 0)) + 1
-    return [(answer[: start + size], start) for start in range(0, len(answer), size)]

@@ -20,10 +20,12 @@ from torch import Tensor
 
 from langchain_aisp.align import Aligned, Budget, Candidate, Iteration, Settings, aiterate, iterate
 from langchain_aisp.calling import UNJUDGED, Speech, judges_calls
+from langchain_aisp.committing import Block, acommit, check_committing, commit
 from langchain_aisp.logprobs import Entry, Logprobs
 from langchain_aisp.messages import continues_last
 from langchain_aisp.methods import Greedy
 from langchain_aisp.rewards import as_reward
+from langchain_aisp.rewards.partial import is_partial
 from langchain_aisp.types import (
     Chat,
     Engine,
@@ -67,9 +69,10 @@ class Request:
         speech: What is to be answered, and what the answer may be.
         sampling: How tokens are drawn.
         seed: Fixes the noise.
-        budget: What the search may spend.
+        budget: What the search may spend, and how far the answer may part from the model.
         n: How many of the best distinct responses are wanted.
         logprobs: How the log-probabilities of their tokens are told; None if they are not.
+        commit_every: Tokens per block when the answer is sent block by block; None when it is sent as a whole.
     """
 
     model_name: str
@@ -83,6 +86,12 @@ class Request:
     budget: Budget
     n: int
     logprobs: Logprobs | None = None
+    commit_every: int | None = None
+
+    def __post_init__(self) -> None:
+        """Reject what cannot be sent block by block."""
+        if self.commit_every is not None:
+            check_committing(self.reward, self.commit_every, None, self.settings)
 
     @property
     def settings(self) -> Settings:
@@ -92,6 +101,7 @@ class Request:
             tools=self.speech.tools,
             seed=self.seed,
             budget=self.budget,
+            answers=self.n,
             continue_last=continues_last(self.speech.chat),
         )
 
@@ -120,19 +130,19 @@ class Request:
         """
         return _AsGiven(self.reward, self.chat) if judges_calls(self.reward) else self.reward
 
-    def iterate(self) -> Generator[Iteration | Outcome]:
+    def iterate(self) -> Generator[Iteration | Block | Outcome]:
         """Run the search; whoever waits is a thread."""
         with closing(self._search()) as steps:
             for step in steps:
-                yield step if isinstance(step, Iteration) else answered(self._outcome(step), self._decode)
+                yield answered(self._outcome(step), self._decode) if isinstance(step, Aligned) else step
 
-    async def aiterate(self) -> AsyncGenerator[Iteration | Outcome]:
+    async def aiterate(self) -> AsyncGenerator[Iteration | Block | Outcome]:
         """Run the search; whoever waits is an event loop."""
         async with aclosing(self._asearch()) as steps:
             async for step in steps:
-                yield step if isinstance(step, Iteration) else await aanswered(self._outcome(step), self._adecode)
+                yield await aanswered(self._outcome(step), self._adecode) if isinstance(step, Aligned) else step
 
-    def _search(self) -> Generator[Iteration | Aligned]:
+    def _search(self) -> Generator[Iteration | Block | Aligned]:
         request: Request | Aligned = self
         if self.undecided:
             [*_, found] = self.alone._search()
@@ -141,10 +151,13 @@ class Request:
         if isinstance(request, Aligned):
             yield from request.trace
             yield request
-        else:
+        elif self.commit_every is None:
             yield from iterate(self.engine, self.told_reward, self.method, request.speech.chat, **request.settings)
+        else:
+            every, chat = self.commit_every, request.speech.chat
+            yield from commit(self.engine, self.told_reward, self.method, chat, commit_every=every, **request.settings)
 
-    async def _asearch(self) -> AsyncGenerator[Iteration | Aligned]:
+    async def _asearch(self) -> AsyncGenerator[Iteration | Block | Aligned]:
         request: Request | Aligned = self
         if self.undecided:
             [*_, found] = [step async for step in self.alone._asearch()]
@@ -155,14 +168,19 @@ class Request:
                 yield now
             yield request
         else:
-            search = aiterate(self.engine, self.told_reward, self.method, request.speech.chat, **request.settings)
+            every, given = self.commit_every, (self.engine, self.told_reward, self.method, request.speech.chat)
+            search = (
+                aiterate(*given, **request.settings)
+                if every is None
+                else acommit(*given, commit_every=every, **request.settings)
+            )
             async with aclosing(search) as steps:
                 async for step in steps:
                     yield step
 
     def _outcome(self, aligned: Aligned) -> Generator[Wave, Rollouts, Outcome]:
         """What is told of a search; asks for a wave if the log-probabilities of the answers are wanted."""
-        answers = aligned.distinct[: self.n]
+        answers = aligned.feasible[: self.n]
         if self.logprobs is None:
             return Outcome(aligned, answers)
         logprobs = yield from self.logprobs.tell(aligned.prompt, answers, self.sampling.stop)
@@ -189,6 +207,10 @@ class _AsGiven:
         return self.reward.name
 
     @property
+    def partial(self) -> bool:
+        return is_partial(self.reward)
+
+    @property
     def fingerprint(self) -> str:
         return self.reward.fingerprint
 
@@ -213,18 +235,22 @@ def _indifferent(chat: Chat, responses: Sequence[Response]) -> list[float]:
 _LIKELIHOOD = as_reward(_indifferent, sees="response", name=UNJUDGED)
 
 
-def chunk(request: Request, step: Iteration | Outcome) -> ChatGenerationChunk:
+def chunk(request: Request, step: Iteration | Block | Outcome) -> ChatGenerationChunk:
     """An iteration as an empty chunk with its line of the trace, or the outcome as the chunk with the answer.
+
+    A block is a chunk with its text; then nothing of the text is left for the outcome.
 
     Merged, the chunks of a stream make the message of ``invoke``. LangChain appends lists when it merges, but it
     concatenates strings and refuses unequal floats: so every other key stands on one chunk only.
     """
     if isinstance(step, Iteration):
         return ChatGenerationChunk(message=AIMessageChunk(content="", response_metadata={"trace": [step.numbers]}))
+    if isinstance(step, Block):
+        return ChatGenerationChunk(message=AIMessageChunk(content=step.text))
     return ChatGenerationChunk(message=_answer(request, step, 0))
 
 
-def result(request: Request, steps: Sequence[Iteration | Outcome]) -> ChatResult:
+def result(request: Request, steps: Sequence[Iteration | Block | Outcome]) -> ChatResult:
     """The answer as its stream would have brought it, and behind it the next best ones that were asked for."""
     result = generate_from_stream(chunk(request, step) for step in steps)
     outcome = steps[-1]
@@ -242,8 +268,9 @@ def _answer(request: Request, outcome: Outcome, rank: int) -> AIMessageChunk:
     response = best.response
     reasoning = {} if response.reasoning is None else {"reasoning_content": response.reasoning}
     logprobs = {"logprobs": {"content": outcome.logprobs[rank]}} if outcome.logprobs else {}
+    limits = {"base_logprob": best.base_logprob, "kl": best.kl}
     return AIMessageChunk(
-        content=response.text,
+        content=response.text if request.commit_every is None else "",
         additional_kwargs=reasoning,
         tool_call_chunks=_call_chunks(response),
         response_metadata={
@@ -259,6 +286,7 @@ def _answer(request: Request, outcome: Outcome, rank: int) -> AIMessageChunk:
             "seconds": aligned.seconds,
             "stopped": aligned.stopped,
             "seed": request.seed,
+            **{name: nats for name, nats in limits.items() if nats is not None},
             **logprobs,
         },
         usage_metadata=UsageMetadata(

@@ -6,12 +6,13 @@ T controlled positions (the horizon), D width of the pre-logits, V vocabulary, K
 
 from __future__ import annotations
 
+import math
 from asyncio import AbstractEventLoop
-from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, Generic, Literal, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -135,6 +136,10 @@ class Wave:
             model's head is given at each position, before any steering).
         forced: Nothing is drawn: each row says the rest of its prefix, up to the first -1, and ends, so that given
             responses can be observed.
+        kl_budget: Most nats by which the steering may part a response from the model: a bound on the sum over its
+            tokens of ``KL(steered ‖ unsteered)``, both at temperature 1 among the tokens allowed there, before top-p
+            and top-k. Where the next token would pass it, the offset is scaled down. None for no bound.
+        kl_spent: [N] float64, nats of the budget that each row's kept tokens have taken; None for none.
     """
 
     prompt: Prompt
@@ -145,10 +150,72 @@ class Wave:
     steering: Steering | None = None
     observe: frozenset[Observable] = frozenset()
     forced: bool = False
+    kl_budget: float | None = None
+    kl_spent: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Reject a budget that bounds nothing."""
+        drawn = self.sampling.temperature > 0
+        require(
+            self.kl_budget is None or self.steering is None or drawn,
+            "kl_budget bounds the probabilities that steered tokens are drawn from, and at temperature 0 (argmax) none "
+            "is drawn: sample, with a temperature and a cooling above 0 and, in the published form, decode='sample'; "
+            "or bound the answer itself with min_base_logprob",
+        )
 
     def __len__(self) -> int:
         """Number of rows N."""
         return int(self.cut.shape[0])
+
+    @classmethod
+    def saying(
+        cls, prompt: Prompt, answers: Sequence[Sequence[int]], sampling: Sampling, observe: Iterable[Observable]
+    ) -> Wave:
+        """A wave that says given answers, so that they can be observed; each row says a block of one of them, in order.
+
+        An answer of T tokens is cut into blocks of about √T: all of it is read in one pass, as kept prefixes, and then
+        every block a token at a time, all blocks at once.
+
+        Args:
+            prompt: What was answered.
+            answers: Token ids, not all of them empty.
+            sampling: What the answers obeyed; of it counts what forbids tokens, such as a grammar.
+            observe: What is wanted of each token.
+        """
+        blocks = [block for answer in answers for block in _blocks(answer)]
+        prefix = torch.full((len(blocks), max(map(len, answers))), -1)
+        for row, (said, _) in zip(prefix, blocks, strict=True):
+            row[: len(said)] = torch.tensor(said)
+        cut = torch.tensor([start for _, start in blocks])
+        length = prefix.shape[1]
+        allowing = replace(
+            sampling, max_tokens=length, min_tokens=min(sampling.min_tokens, length), stop=(), reader=None
+        )
+        keys = torch.zeros_like(prefix)  # nothing is drawn
+        return cls(prompt, prefix, cut, keys, allowing, observe=frozenset(observe), forced=True)
+
+    @property
+    def said(self) -> Tensor:
+        """[N, L] bool, what the rows of a forced wave say; row by row, these are the answers of ``saying``."""
+        return (self.prefix >= 0) & (torch.arange(self.prefix.shape[1]) >= self.cut[:, None])
+
+    @property
+    def kl_left(self) -> Tensor | None:
+        """[N] float32, nats that each row may still spend, rounded down; None without a budget."""
+        if self.kl_budget is None:
+            return None
+        whole = torch.full((len(self),), self.kl_budget, dtype=torch.float64)
+        left = whole if self.kl_spent is None else (whole - self.kl_spent).clamp(min=0)
+        return left.float().nextafter(torch.zeros(()))
+
+
+def _blocks(answer: Sequence[int]) -> list[tuple[Sequence[int], int]]:
+    """The answer up to the end of each block, and where the block begins.
+
+    Each of B rows remembers what it keeps, and T / B steps are made for T tokens: √T is little of both.
+    """
+    size = math.isqrt(max(len(answer) - 1, 0)) + 1
+    return [(answer[: start + size], start) for start in range(0, len(answer), size)]
 
 
 @dataclass(frozen=True)
@@ -186,7 +253,8 @@ class Rollouts:
         sampled_tokens: Tokens that were decoded for this wave, kept prefixes not counted.
         observed: What the wave asked to observe, on the CPU, defined at the decoded positions (from ``cut`` on):
             ``base_logprobs`` [N, L]; ``alternatives`` [N, L, K] token ids with ``alternative_logprobs`` [N, L, K];
-            ``scores`` and ``prelogits`` [N, L, D] float32.
+            ``scores`` and ``prelogits`` [N, L, D] float32. Of a steered wave with a KL budget also ``kl`` [N, L]
+            float32, the nats that each position has taken of it.
     """
 
     tokens: Tensor
@@ -339,6 +407,21 @@ class Deciding(Protocol):
     @property
     def finished(self) -> bool:
         """Whether nothing is left to propose."""
+
+
+@runtime_checkable
+class Crediting(Protocol):
+    """A state that learns where its responses lose, once it is told what their beginnings earn.
+
+    It is told so before each wave when the reward understands unfinished texts (``partial``).
+    """
+
+    @property
+    def beginnings(self) -> Wave | None:
+        """Unfinished texts, as a forced wave that keeps all it says, so that nothing is decoded; None for none."""
+
+    def credited(self, rewards: Tensor) -> Self:
+        """The state that knows their rewards, one per row."""
 
 
 class ContextLengthError(ValueError):

@@ -18,3 +18,11 @@ class LocalModel:
     def enable_vcr_tests(self) -> bool:
         """Also measure a stream; a local model makes no requests that would have to be recorded."""
         return True
+
+    @property
+    def supports_json_mode(self) -> bool:
+        return True
+
+    @property
+    def supports_anthropic_inputs(self) -> bool:
+        return True

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from langchain_aisp.align import Aligned, Budget, Score, search
+from langchain_aisp.align import Aligned, Budget, Check, Score, search
 from langchain_aisp.noise import fold, normal, request_key, uniform
 from langchain_aisp.sampling import draw
 from langchain_aisp.types import (
@@ -285,6 +285,8 @@ def play(
             answer = None
             if isinstance(request, Wave):
                 answer = engine.decode(request)
+            elif isinstance(request, Check):
+                answer = engine.decode(request.wave)
             elif isinstance(request, Score):
                 answer = torch.tensor([score(response) for _, response in request.pairs])
             yield request, answer

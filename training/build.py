@@ -1,8 +1,8 @@
 """Rebuilds the demo's tokenizer, language model and reward model from nothing: `python -m training.build`.
 
-Two courses: the first teaches both models the shop's conversations; the second shows the reward model what a search
-against it finds, and how answers follow tools. The second starts from the first one's saved pair, so either can be run
-alone.
+Two courses: the first teaches both models the shop's conversations; the second teaches the language model to call
+tools, and shows the reward model what a search against it finds and how answers follow tools. The second starts from
+the first one's saved pair, so either can be run alone.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from langchain_aisp.rewards import ClassifierReward
 from training import language_model, reward_model
 from training.optimize import Recipe
 from training.sampling import sample, searched
-from training.tokenizer import REWARD_TEMPLATE, train_tokenizer, wrap
+from training.tokenizer import CHAT_TEMPLATE, REWARD_TEMPLATE, train_tokenizer, wrap
 
 RESULTS = Path(__file__).parent / "results"
 FIRST = Path(__file__).parent / "first_course"  # where its pair is kept
@@ -66,28 +66,34 @@ def first_course(options: argparse.Namespace) -> dict[str, object]:
     judge, judge_losses = reward_model.train(writer, tokenizer, list(zip(cases, answers, strict=True)), judge_recipe)
     save(judge, wrap(tokenizer.backend_tokenizer, REWARD_TEMPLATE, "right"), FIRST / "reward_model")
     steps = {"language_steps": options.language_steps, "reward_steps": options.reward_steps, "language_rows": rows}
-    return {**steps, "language_losses": _rounded(writer_losses), "reward_losses": _rounded(judge_losses)}
+    return {**steps, **_losses(writer_losses, judge_losses)}
 
 
 def second_course(options: argparse.Namespace) -> dict[str, object]:
-    """For the reward model: what a search against it finds, and what tools returned. Ships both models."""
-    writer = AutoModelForCausalLM.from_pretrained(FIRST / "language_model", dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(FIRST / "language_model")
+    """Tools for both models of the first course, and for its reward model what a search against it finds."""
+    known = AutoTokenizer.from_pretrained(FIRST / "language_model").backend_tokenizer
+    tokenizer, judge_tokenizer = wrap(known, CHAT_TEMPLATE, "left"), wrap(known, REWARD_TEMPLATE, "right")
+    writer = AutoModelForCausalLM.from_pretrained(FIRST / "language_model", dtype=torch.float32)
     judge = AutoModelForSequenceClassification.from_pretrained(FIRST / "reward_model", dtype=torch.float32)
-    judge_tokenizer = AutoTokenizer.from_pretrained(FIRST / "reward_model")
     cases = scenarios("train", SEARCHED_SCENARIOS, seed=options.seed + 2)
     with closing(ClassifierReward(judge, judge_tokenizer)) as reward:
-        answers = searched(writer, tokenizer, reward, [case.messages for case in cases])
+        answers = searched(writer.eval(), tokenizer, reward, [case.messages for case in cases])
     found = [(case, reward_model.deceiving(case, texts)) for case, texts in zip(cases, answers, strict=True)]
-    recipe = Recipe(steps=options.further_steps, seed=options.seed)
-    losses = reward_model.train_further(judge.train(), tokenizer, found, recipe)
-    save(writer, tokenizer, LANGUAGE_MODEL_PATH)
+    judge_recipe = Recipe(steps=options.further_steps, seed=options.seed)
+    judge_losses = reward_model.train_further(judge.train(), tokenizer, found, judge_recipe)
     save(judge, judge_tokenizer, REWARD_MODEL_PATH)
-    return {"further_steps": options.further_steps, "reward_losses": _rounded(losses)}
+    recipe = Recipe(steps=options.tool_steps, seed=options.seed)
+    writer_losses, rows = language_model.teach_tools(writer.train(), tokenizer, recipe)
+    save(writer, tokenizer, LANGUAGE_MODEL_PATH)
+    steps = {"tool_steps": options.tool_steps, "further_steps": options.further_steps, "language_rows": rows}
+    return {**steps, **_losses(writer_losses, judge_losses)}
 
 
-def _rounded(losses: Sequence[float]) -> list[float]:
-    return [round(loss, 4) for loss in losses]
+def _losses(writer: Sequence[float], judge: Sequence[float]) -> dict[str, list[float]]:
+    return {
+        f"{name}_losses": [round(loss, 4) for loss in found]
+        for name, found in (("language", writer), ("reward", judge))
+    }
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -110,6 +116,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--language-steps", type=int, default=5500)
     parser.add_argument("--reward-steps", type=int, default=1500)
+    parser.add_argument("--tool-steps", type=int, default=4400)
     parser.add_argument("--further-steps", type=int, default=1000)
     parser.add_argument("--course", type=int, choices=(1, 2), help="only this one; default both")
     parser.add_argument("--seed", type=int, default=0)

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from langchain_aisp.demo.checker import Message
 from langchain_aisp.demo.chitchat import TALKS, chat, echo
 from langchain_aisp.demo.scenarios import compose, scenario, sentence
+from training import tools
 from training.initial import prepare_copying
 from training.optimize import Recipe, fit
 from training.rows import Batch, Encoder, Row
@@ -20,6 +21,9 @@ from training.rows import Batch, Encoder, Row
 ANSWERS = 4  # per conversation
 SMALL_TALK = 0.08
 ECHO = 0.04
+TOOL_LESSONS = 12_000  # the first rows of the second course mostly teach to read requests, see `tools.lessons`
+KNOWN, DIALOGUES = 0.3, 0.05  # shares then: conversations without tools, whole dialogues with them
+LATE_KNOWN, LATE_DIALOGUES = 0.5, 0.35  # and afterwards
 EARLY, LESSONS = 50_000, 0.5  # the first conversations teach to read, half of them by lessons: see `_lesson`
 EARLY_GOOD, LATE_GOOD = 0.8, 0.44  # what the model then writes well is a little rarer than what it reads
 
@@ -49,19 +53,19 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
 Dialogue = tuple[tuple[Message, ...], list[str]]
 
 
-def dialogues(seed: int) -> Iterator[Dialogue]:
-    """The endless stream of training data: conversations and answers to each."""
+def dialogues(seed: int, early: int = EARLY) -> Iterator[Dialogue]:
+    """The endless stream of training data: conversations and answers to each; the first `early` ones teach to read."""
     rng = Random(f"language model/{seed}")
     for index in count():
         kind = rng.random()
-        if index < EARLY and kind < LESSONS:
+        if index < early and kind < LESSONS:
             yield _lesson(rng)
         elif kind > 1 - ECHO:
             yield _echo(rng)
         elif kind > 1 - ECHO - SMALL_TALK:
             yield _small_talk(rng)
         else:
-            case, good = scenario("train", rng), EARLY_GOOD if index < EARLY else LATE_GOOD
+            case, good = scenario("train", rng), EARLY_GOOD if index < early else LATE_GOOD
             yield case.messages, [compose(case, rng, good)[0] for _ in range(ANSWERS)]
 
 
@@ -105,8 +109,36 @@ def train(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> tuple[LlamaForC
     encoder, drawn = Encoder(tokenizer), count()
     model = new_model(tokenizer, recipe.seed)
     rows = (encoder.written(*dialogue) for dialogue, _ in zip(dialogues(recipe.seed), drawn, strict=False))
+    return model, _fit(model, encoder, rows, recipe, rate=4e-3), next(drawn)
 
+
+def teach_tools(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> tuple[list[float], int]:
+    """Trains a model on dialogues with tools, and on further conversations; returns losses and number of the latter."""
+    encoder, rng, drawn = Encoder(tokenizer), Random(f"tools/{recipe.seed}"), count()
+    further = zip(further_dialogues(recipe.seed), drawn, strict=False)
+    known = (encoder.written(*dialogue) for dialogue, _ in further)
+    rows = _mixed(known, tools.written(encoder, rng), tools.lessons(encoder, rng), rng)
+    return _fit(model, encoder, rows, recipe, rate=2e-3), next(drawn)
+
+
+def _mixed(known: Iterator[Row], dialogues: Iterator[Row], lessons: Iterator[Row], rng: Random) -> Iterator[Row]:
+    for index in count():
+        early, draw = index < TOOL_LESSONS, rng.random()
+        if draw < (KNOWN if early else LATE_KNOWN):
+            yield next(known)
+        elif draw > 1 - (DIALOGUES if early else LATE_DIALOGUES):
+            yield next(dialogues)
+        else:
+            yield next(lessons)
+
+
+def further_dialogues(seed: int) -> Iterator[Dialogue]:
+    """The conversations without tools that are told while tools are taught."""
+    return dialogues(seed + 1, early=0)
+
+
+def _fit(model: LlamaForCausalLM, encoder: Encoder, rows: Iterator[Row], recipe: Recipe, *, rate: float) -> list[float]:
     def loss(group: Sequence[Row], _: Random) -> Callable[[], Tensor]:
         return partial(loss_of, model, encoder.batch(group))
 
-    return model, fit("language model", model, rows, recipe, rate=4e-3, loss=loss), next(drawn)
+    return fit("language model", model, rows, recipe, rate=rate, loss=loss)

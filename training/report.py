@@ -6,7 +6,7 @@ Run it from the repository root with `python -m training.report`.
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
+from itertools import chain, combinations, islice
 from pathlib import Path
 from random import Random
 
@@ -55,14 +55,13 @@ def main() -> None:
     torch.manual_seed(0)
     models = Models()
     courses = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in ("first_course", "second_course")}
-    first = courses["first_course"]
     plain = Plain(models)
     report = {
         "sizes": sizes(models),
         "losses": losses(models, courses),
         "build": {f"{name}: {key}": made[key] for name, made in courses.items() for key in made if _is_cost(key)},
         "reward_accuracy_test": reward_accuracy(models, "test"),
-        "samples": plain.frequencies(first["language_rows"], first["seed"]),
+        "samples": plain.frequencies(training_answers(courses)),
         "best_of_n": plain.best_of_n(),
         "plain_answers": plain_answers(models),
     }
@@ -88,10 +87,9 @@ def losses(models: Models, courses: Mapping[str, Mapping[str, list[float]]]) -> 
     """Losses at the end of each course, and the language model's on all three splits, in nats per answer token."""
     encoder, rng = Encoder(models.tokenizer), Random(0)
     found = {
-        f"{course}: {key}": statistics.mean(made[key][-20:])
+        f"{course}: {name}": statistics.mean(made[f"{name}_losses"][-20:])
         for course, made in courses.items()
-        for key in made
-        if key.endswith("_losses")
+        for name in ("language", "reward")
     }
     for split in ("train", "dev", "test"):
         cases = scenarios(split, 64, seed=77)
@@ -149,10 +147,9 @@ class Plain:
             self.ended += sum(len(models.tokenizer(answer)["input_ids"]) < 64 for answer in answers)
         self.checks = [[check(c, text) for text in texts] for c, texts in zip(self.cases, self.answers, strict=True)]
 
-    def frequencies(self, rows: int, seed: int) -> dict[str, object]:
-        """How often parts are good, answers perfect, complete, or verbatim training answers."""
+    def frequencies(self, trained: set[str]) -> dict[str, object]:
+        """How often parts are good, answers perfect, complete, or verbatim those of the training."""
         checks = [found for row in self.checks for found in row]
-        trained = training_answers(rows, seed)
         texts = [text for row in self.answers for text in row]
         columns = [[float(getattr(found, part)) for found in checks] for part in PARTS]
         pairs = list(combinations(columns, 2))
@@ -187,10 +184,13 @@ class Plain:
         return statistics.mean(pick[0] for pick in picks), statistics.mean(pick[1] for pick in picks)
 
 
-def training_answers(rows: int, seed: int) -> set[str]:
-    """All answers that the language model was trained on."""
-    stream = language_model.dialogues(seed)
-    return {answer for _ in range(rows) for answer in next(stream)[1]}
+def training_answers(courses: Mapping[str, Mapping[str, int]]) -> set[str]:
+    """All answers to conversations without tools that the language model was trained on."""
+    streams = {"first_course": language_model.dialogues, "second_course": language_model.further_dialogues}
+    dialogues = chain.from_iterable(
+        islice(stream(courses[name]["seed"]), courses[name]["language_rows"]) for name, stream in streams.items()
+    )
+    return {answer for _, answers in dialogues for answer in answers}
 
 
 def plain_answers(models: Models) -> list[dict[str, object]]:

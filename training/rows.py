@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-Turn = Mapping[str, Any]  # a message, with "tool_calls" in one that calls
+from langchain_aisp.demo.tool_dialogues import ToolDialogue
+
+Turn = Mapping[str, Any]
+Tools = Sequence[Mapping[str, Any]]  # in the form of the OpenAI API
 
 
 class Read(NamedTuple):
@@ -38,11 +41,15 @@ class Judged(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """Token ids of a conversation without generation prompt, and of its answers, which begin with `<|assistant|>`."""
+    """Token ids of a conversation without generation prompt, and of its answers, which begin with `<|assistant|>`.
+
+    Of an answer that holds questions too, `said` tells which tokens are the model's own to learn.
+    """
 
     prompt: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...]
     reads: tuple[Read, ...] = ()
+    said: tuple[tuple[bool, ...], ...] = ()
 
     @property
     def length(self) -> int:
@@ -67,11 +74,30 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Takes the language model's tokenizer; the reward model's has the same tokens."""
         self.tokenizer = tokenizer
-        self.start, self.end, self.pad = tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|end|>", "<|pad|>"])
+        marks = ["<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"]
+        self.user, self.start, self.end, self.pad = tokenizer.convert_tokens_to_ids(marks)
 
-    def written(self, messages: Sequence[Turn], answers: Sequence[str]) -> Row:
+    def written(self, messages: Sequence[Turn], answers: Sequence[str], tools: Tools = ()) -> Row:
         """Encodes one conversation with answers to write; each closes with `<|end|>`."""
-        return Row(self._prompt(messages), tuple((self.start, *self._ids(text), self.end) for text in answers))
+        return Row(self._prompt(messages, tools), tuple((self.start, *self._ids(text), self.end) for text in answers))
+
+    def dialogues(self, dialogues: Sequence[ToolDialogue], tools: Tools) -> Row:
+        """Encodes dialogues that do not see each other, each with calls and final answer; the tools are read once."""
+        texts = [self._whole(made, tools) for made in dialogues]
+        start = texts[0].index(self.user)
+        answers = tuple(text[start:] for text in texts)
+        return Row(texts[0][:start], answers, said=tuple(map(self._said, answers)))
+
+    def _whole(self, made: ToolDialogue, tools: Tools) -> tuple[int, ...]:
+        return (*self._prompt(made.answered, tools), self.start, *self._ids(made.answers[0]), self.end)
+
+    def _said(self, ids: Sequence[int]) -> tuple[bool, ...]:
+        """Which tokens the assistant says, its ends included."""
+        said, speaking = [], False
+        for token in ids:
+            said.append(speaking)
+            speaking = token == self.start or (speaking and token != self.end)
+        return tuple(said)
 
     def judged(self, messages: Sequence[Turn], answers: Sequence[Judged]) -> Row:
         """Encodes one conversation with answers to judge; their last token is where the reward model is read."""
@@ -82,8 +108,9 @@ class Encoder:
             reads += [Read(number, tokens[stop], liking) for stop, liking in answer.likings if stop in tokens]
         return Row(self._prompt(messages), tuple((self.start, *code["input_ids"]) for code in coded), tuple(reads))
 
-    def _prompt(self, messages: Sequence[Turn]) -> tuple[int, ...]:
-        prompt = self.tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False)
+    def _prompt(self, messages: Sequence[Turn], tools: Tools = ()) -> tuple[int, ...]:
+        turns = [dict(turn) for turn in messages]
+        prompt = self.tokenizer.apply_chat_template(turns, tools=list(tools) or None, tokenize=False)
         assert isinstance(prompt, str)
         return tuple(self._ids(prompt))
 
@@ -109,6 +136,8 @@ class Encoder:
                 positions[index, start:stop] = torch.arange(len(row.prompt), len(row.prompt) + len(answer))
                 segments[index, start:stop] = number
                 targets[index, start : stop - 1] = torch.tensor(answer[1:])
+                if row.said:
+                    targets[index, start : stop - 1][~torch.tensor(row.said[number - 1][1:])] = -100
                 starts.append(start)
                 start = stop
             reads += [(index, starts[read.answer] + read.token) for read in row.reads]

@@ -38,8 +38,26 @@ _TURNS = """\
 @END@
 {%- endfor -%}
 """
-CHAT_TEMPLATE = _TURNS.replace("@END@", "{{- '<|end|>' -}}") + (
-    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+_TOOLS = """\
+{%- if tools -%}
+{{- '<|tools|>' -}}
+{%- for tool in tools -%}
+{%- set function = tool['function'] -%}
+{%- set parameters = function['parameters'] or {} -%}
+{{- ('\\n' if not loop.first else '') + function['name'] + '(' -}}
+{%- for name, schema in (parameters['properties'] or {}).items() -%}
+{{- (', ' if not loop.first else '') + name + ('' if name in (parameters['required'] or []) else '?') -}}
+{{- ': ' + (schema['type'] if schema['type'] is string else 'any') -}}
+{%- endfor -%}
+{{- '): ' + (function['description'] or '').split('\\n')[0] -}}
+{%- endfor -%}
+{{- '<|end|>' -}}
+{%- endif -%}
+"""
+CHAT_TEMPLATE = (
+    _TOOLS
+    + _TURNS.replace("@END@", "{{- '<|end|>' -}}")
+    + ("{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}")
 )
 REWARD_TEMPLATE = _TURNS.replace("@END@", "{%- if not loop.last -%}{{- '<|end|>' -}}{%- endif -%}")  # ends as it ends
 

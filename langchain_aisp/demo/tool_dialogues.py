@@ -20,6 +20,7 @@ from langchain_aisp.demo.scenarios import capital, fill, finish, order_number, s
 from langchain_aisp.demo.tool_phrases import (
     ABOUT,
     ANSWERS,
+    AWAY,
     BARE,
     DOING,
     ERRORS,
@@ -113,13 +114,28 @@ def tool_dialogue(split: str, rng: Random, kind: str | None = None) -> ToolDialo
     )
 
 
+def lessons(split: str, rng: Random, count: int) -> list[ToolDialogue]:
+    """Writes `count` dialogues with the same tools at hand, each of one short request: what has to be read, no more."""
+    made_up = _among(_tool(split, rng), split, rng, odds=(1, 3, 3, 2))
+    asked: list[Tool | Service] = [*made_up, *(service for service in SERVICES if rng.random() < 0.25)]
+    tools = tuple(each.tool if isinstance(each, Service) else each for each in rng.sample(asked, len(asked)))
+    dialogues = (_with(rng.choice(asked), split, rng) for _ in range(count))
+    return [replace(made, tools=tools, messages=made.messages[-1:]) for made in dialogues]
+
+
+def _with(asked: Tool | Service, split: str, rng: Random) -> ToolDialogue:
+    """A dialogue in which this tool is needed."""
+    if isinstance(asked, Service):
+        return _at_the_shop(asked, split, rng)
+    return _about(asked, (_arguments(asked, split, rng),), split, rng)
+
+
 # --- made-up tools
 
 
 def _made_up(split: str, rng: Random) -> ToolDialogue:
     """One of a few made-up tools is asked for by name or by what it does."""
-    asked = _tool(split, rng)
-    return _about(asked, (_arguments(asked, split, rng),), split, rng)
+    return _with(_tool(split, rng), split, rng)
 
 
 def _parallel(split: str, rng: Random) -> ToolDialogue:
@@ -151,10 +167,10 @@ def _tool(split: str, rng: Random) -> Tool:
     return next(made for made in iter(lambda: tool(rng), None) if split_of(made.name) == split)
 
 
-def _among(asked: Tool, split: str, rng: Random) -> tuple[Tool, ...]:
-    """The tool in question among others that are about other things."""
+def _among(asked: Tool, split: str, rng: Random, odds: Sequence[int] = (4, 3, 2, 1)) -> tuple[Tool, ...]:
+    """The tool in question among others that are about other things; `odds` of none, one, two or three of them."""
     tools = {asked.name.split("_")[-1]: asked}
-    for _ in range(rng.choices(range(MOST_TOOLS), (4, 3, 2, 1))[0]):
+    for _ in range(rng.choices(range(MOST_TOOLS), odds)[0]):
         other = _tool(split, rng)
         tools.setdefault(other.name.split("_")[-1], other)
     return tuple(rng.sample(list(tools.values()), len(tools)))
@@ -323,7 +339,7 @@ def _slots(split: str, rng: Random) -> dict[str, str]:
         "order_number": order_number(split, rng),
         "day": rng.choice(DAYS),
         "time": f"{rng.randrange(8, 20)}:{rng.choice(('00', '15', '30', '45'))}",
-        "state": rng.choice(STATES),
+        "state": rng.choice(STATES) if rng.random() < 0.6 else f"{rng.choice(AWAY)} {place(split, rng)}",
         "reference": f"{rng.choice(LETTERS)}{rng.randrange(100, 9999)}",
     }
 

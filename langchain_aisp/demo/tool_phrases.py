@@ -116,6 +116,7 @@ SERVICES = (
     ),
 )
 STATES = ("in transit", "on its way", "packed", "delayed", "at the depot", "being checked", "approved", "almost there")
+AWAY = ("in", "near", "stuck in", "on its way to")  # of a place
 LACKING = Grammar.of(
     "(Where is|Where exactly is|What about|How is) my (order|parcel|package|refund|money)(|?| now?| please?)",
     "(When will|When do|So when do) I get my (order|parcel|package|refund|money)(|?| at last?| please?)",

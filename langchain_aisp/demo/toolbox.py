@@ -106,8 +106,8 @@ def place(split: str, rng: Random) -> str:
 
 
 def tool(rng: Random) -> Tool:
-    """A made-up tool with up to four arguments."""
-    keys = rng.sample(ARGUMENTS, rng.choices((0, 1, 2, 3, 4), (1, 5, 3, 2, 1))[0])
+    """A made-up tool with up to three arguments."""
+    keys = rng.sample(ARGUMENTS, rng.choices((0, 1, 2, 3), (1, 6, 3, 1))[0])
     arguments = tuple(_argument(key, index, rng) for index, key in enumerate(keys))
     verb, thing = rng.choice(VERBS), rng.choice(OBJECTS)
     words = rng.choice(((verb, thing), (verb, thing), (verb, rng.choice(QUALITIES), thing), (made_up(rng), thing)))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from langchain_aisp import noise
 from langchain_aisp.engine.cache import Cache
+from langchain_aisp.engine.deviation import within
 from langchain_aisp.engine.grammar import Grammars, Matchers
 from langchain_aisp.engine.memory import ALTERNATIVES
 from langchain_aisp.sampling import draw
@@ -133,6 +134,7 @@ class Rows:
         self.live = (self.reason < 0).nonzero().squeeze(1)
         self.store: Any = self._open(cache, prompt) if len(self.live) else None
         self.matchers = self._open_matchers()
+        self.kl_left = self._nats_to_spend()
         self.observed = self._room_for_observations(width)
         self.error: Exception | None = None  # a steering or grammar that raised spoils its own wave alone
 
@@ -152,8 +154,13 @@ class Rows:
 
     @property
     def observes_base(self) -> bool:
-        """Whether the unsteered logits are wanted beside the steered ones."""
+        """Whether something is wanted of the unsteered logits."""
         return bool(self.wave.observe - {"prelogits"})
+
+    @property
+    def needs_both(self) -> bool:
+        """Whether the unsteered logits are needed beside steered ones."""
+        return self.steering is not None and (self.observes_base or self.kl_left is not None)
 
     def feed(self) -> tuple[Any, Tensor, Tensor]:
         """Store, next input tokens [r] and their absolute positions [r]."""
@@ -190,6 +197,18 @@ class Rows:
             message = f"{type(self.steering).__name__} gave an offset that is not finite"
             raise FloatingPointError(message)
         return offset
+
+    def within_budget(self, steered: Tensor, base: Tensor) -> Tensor:
+        """The steered logits [r, V] of the live rows, as near to the unsteered ones as their KL budget asks."""
+        if self.kl_left is None or self.error is not None:
+            return steered
+        left = self.kl_left[self.live]
+        logits, kl = within(steered, base, left)
+        active = self.reason[self.live] < 0
+        live = self.live[active]
+        self.kl_left[live] = (left - kl)[active].nextafter(left.new_zeros(()))  # rounding must not add to the budget
+        self.observed["kl"][live, self.length[live]] = kl[active]
+        return logits
 
     def accept(self, tokens: Tensor, base: Tensor | None, head: SteeredHead) -> None:
         """Append one token per live row, observe the unsteered logits ``base`` [r, V], end and drop rows."""
@@ -273,6 +292,11 @@ class Rows:
             if self.matchers is not None:
                 self.matchers.select(places.tolist())
 
+    def _nats_to_spend(self) -> Tensor | None:
+        """Nats [n] that each row may still be steered away from the model; None where nothing bounds or steers it."""
+        left = self.wave.kl_left
+        return None if left is None or self.steering is None else left[self.index].to(self.rows.device)
+
     def _room_for_observations(self, width: int) -> dict[str, Tensor]:
         rows, length = self.tokens.shape
         kept = min(ALTERNATIVES, len(self.vocabulary.ends))
@@ -286,6 +310,8 @@ class Rows:
         if "alternatives" in self.wave.observe:
             observed["alternatives"] = room((rows, length, kept))
             observed["alternative_logprobs"] = room((rows, length, kept), dtype=torch.float32)
+        if self.kl_left is not None:
+            observed["kl"] = room((rows, length), dtype=torch.float32)
         return observed
 
     def _observe(self, live: Tensor, position: Tensor, tokens: Tensor, base: Tensor, head: SteeredHead) -> None:
@@ -328,7 +354,7 @@ def decode_step(cache: Cache, head: SteeredHead, batch: Sequence[Rows], graphs: 
 
 def _forward(cache: Cache, head: SteeredHead, batch: Sequence[Rows], graphs: StepGraphs | None) -> None:
     count = sum(map(len, batch))
-    both = any(rows.observes_base and rows.steering is not None for rows in batch)
+    both = any(rows.needs_both for rows in batch)
     logits = None if graphs is None or len(batch) > 1 else _replay(graphs, batch[0], both)
     if logits is None:
         padding = -count % _ROW_MULTIPLE if cache.ragged else 0
@@ -340,6 +366,8 @@ def _forward(cache: Cache, head: SteeredHead, batch: Sequence[Rows], graphs: Ste
     steered, base = logits[:count], logits[count + padding :][:count] if both else logits[:count]
     for rows, here in _places(batch):
         _forbid(rows, steered[here], base[here])
+        if rows.kl_left is not None:
+            steered[here] = rows.within_budget(steered[here], base[here])
     tokens = _draw(steered, batch)
     if int(tokens.max()) >= logits.shape[1]:  # what drawing from NaN gives
         message = "the model's logits are not numbers; load it in bfloat16 or float32, float16 overflows easily"

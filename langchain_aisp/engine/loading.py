@@ -51,7 +51,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str = "auto",
     quantization: str | Any | None = None,
-    adapter: str | None = None,
+    adapter: str | Mapping[str, float] | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model in evaluation mode; arguments as in ``TransformersEngine.from_pretrained``."""
@@ -67,7 +67,7 @@ def load_model(
         options["device_map"] = {"": target}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, **options)
     if adapter is not None:
-        _add_adapter(model, adapter)
+        add_adapters(model, {adapter: 1.0} if isinstance(adapter, str) else adapter)
     module: torch.nn.Module = model  # transformers' own typing of .to() hides that it is a module's
     if quantization is None:
         module.to(target)
@@ -170,10 +170,69 @@ def _quantization(quantization: str | Any) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
-def _add_adapter(model: PreTrainedModel, adapter: str) -> None:
+def add_adapters(model: PreTrainedModel, weights: Mapping[str, float]) -> None:
+    """Add PEFT adapters to a model, all of them active at once: what they change adds up, each times its weight.
+
+    Nothing is merged, so a quantized model stays as it is and ranks may differ. The one exception is a head that an
+    adapter changes: it is merged into weights of its own, since gradients by the pre-logits read them.
+
+    Args:
+        model: A model of transformers, not steered yet.
+        weights: Ids or paths of adapters, and a factor for each; 1 adds it as it was trained, a negative one takes away
+            what it taught. Factors other than 1 are for LoRA.
+
+    Raises:
+        ImportError: There is no package peft.
+        ValueError: There are no adapters, or one does not fit the model or cannot be weighted.
+    """
     try:
         import peft  # noqa: F401
     except ImportError as error:
         message = "adapter= needs the package peft: pip install 'langchain-aisp[peft]'"
         raise ImportError(message) from error
-    model.load_adapter(adapter)
+    require(len(weights) > 0, "adapter= names no adapter; give a path, paths with a weight each, or None")
+    names = {f"adapter_{number}": path for number, path in enumerate(weights)}
+    for name, path in names.items():
+        found = model.load_adapter(path, adapter_name=name, ignore_mismatched_sizes=True)
+        _require_fitting(found, name, path, model)
+        _scale(model, name, weights[path], path)
+    model.set_adapter(list(names))
+    _merge_into_head(model)
+
+
+def _require_fitting(found: Any, name: str, path: str, model: PreTrainedModel) -> None:
+    """Raise ValueError unless every weight found its place; transformers only warns, and would go on without it."""
+    missing = {key for key in found.missing_keys if name in key.split(".")}  # those of earlier adapters are listed too
+    stray = sorted({*missing, *found.unexpected_keys, *(key for key, *_ in found.mismatched_keys)})
+    shown = ", ".join(stray[:3]) + (", …" if len(stray) > 3 else "")
+    require(
+        not stray,
+        f"the adapter {path} does not fit {type(model).__name__}: {len(stray)} weights are missing, unknown or of "
+        f"another shape ({shown}); load it on the model that it was trained on",
+    )
+
+
+def _scale(model: PreTrainedModel, name: str, weight: float, path: str) -> None:
+    """Multiply what a LoRA adds to the model's layers."""
+    if weight == 1.0:
+        return
+    from peft import PeftType
+    from peft.tuners.lora import LoraLayer
+
+    adapted: Any = model  # where transformers keeps the configurations is no part of its typing
+    kind = adapted.peft_config[name].peft_type
+    require(kind == PeftType.LORA, f"the adapter {path} is {kind}, which has no weight but 1, got {weight}")
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.set_scale(name, weight)
+
+
+def _merge_into_head(model: PreTrainedModel) -> None:
+    """Merge what adapters change of the head into a copy of its weights, which the embeddings may share."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    head: Any = model.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer) and head.weight.is_floating_point():
+        base: Any = head.get_base_layer()
+        base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+        head.merge()

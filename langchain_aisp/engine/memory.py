@@ -37,7 +37,8 @@ def working_bytes(wave: Wave, head: Head, heads: int, tokens: int) -> int:
         heads: Query heads of a layer.
         tokens: Prompt and response.
     """
-    both = bool(wave.observe) and wave.steering is not None  # unsteered logits beside the steered ones
+    compared = bool(wave.observe) or wave.kl_budget is not None
+    both = compared and wave.steering is not None  # unsteered logits beside the steered ones
     per_position: Mapping[Observable, int] = {
         "base_logprobs": 4,
         "alternatives": (8 + 4) * ALTERNATIVES,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 import sys
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +27,7 @@ from langchain_aisp.evaluation.page import html as html_page
 from langchain_aisp.evaluation.recipes import RECIPES, TEMPLATES, ModelRecipe, Recipe, find_recipe
 from langchain_aisp.evaluation.report import Table, build_report, markdown
 from langchain_aisp.evaluation.results import load_results
-from langchain_aisp.evaluation.run import Evaluation, evaluate
+from langchain_aisp.evaluation.run import Evaluation, Progress, evaluate
 from langchain_aisp.types import Reward, Sampling
 
 _NONE, _DEMO = "none", "demo"
@@ -95,14 +96,14 @@ def evaluate_methods(
         reward=_reward(plan, reward, model, allow_pickle),
         arms=parse_arms(rivals, samples or (plan.samples if plan else 64), sampling),
         prompts=chosen,
-        gold=_gold(plan, gold, chosen, allow_pickle),
-        seeds=_seeds(seeds),
+        gold=load_gold(gold, chosen, plan, allow_pickle=allow_pickle),
+        seeds=read_seeds(seeds),
         budget=Budget(seconds=seconds),
         base_logprobs=base_logprobs,
         gold_of=gold_of.value,
         dataset=spec,
     )
-    run(evaluation, out)
+    watch(evaluate(evaluation, out), evaluation.total)
     console = Console(highlight=False)
     for table in build_report(load_results([out])).tables[:2]:
         console.print(rich_table(table), "")
@@ -139,8 +140,8 @@ def report_runs(
             console.print(f"[dim]written: {escape(str(path))}[/]")
 
 
-def run(evaluation: Evaluation, path: Path) -> None:
-    """Do what the file does not hold yet, behind a progress bar on standard error."""
+def watch(steps: Iterable[Progress], total: int) -> None:
+    """Work through the steps, so many runs in all, behind a progress bar on standard error."""
     console = Console(stderr=True, highlight=False)
     with Bar(
         TextColumn("{task.description}"),
@@ -153,8 +154,8 @@ def run(evaluation: Evaluation, path: Path) -> None:
         transient=True,
         disable=not console.is_terminal,
     ) as bar:
-        task = bar.add_task("", total=evaluation.total, best="")
-        for news in evaluate(evaluation, path):
+        task = bar.add_task("", total=total, best="")
+        for news in steps:
             best = "" if news.iteration is None else f"best reward {news.iteration.best:.2f}"
             bar.update(task, completed=news.done, description=escape(news.method), best=best)
 
@@ -188,8 +189,8 @@ def _reward(plan: Recipe | None, reward: str | None, model: str | None, allow_pi
     return _loaded(reward, model or _DEMO)
 
 
-def _gold(
-    plan: Recipe | None, gold: str | None, prompts: tuple[PromptRecord, ...], allow_pickle: bool
+def load_gold(
+    gold: str | None, prompts: tuple[PromptRecord, ...], plan: Recipe | None = None, *, allow_pickle: bool = False
 ) -> Reward | None:
     """What judges unseen: for the demo's prompts its checker, unless another one is named."""
     is_demo = "facts" in prompts[0].metadata
@@ -213,7 +214,8 @@ def _loaded(spec: str | None, model: str) -> Reward:
     return load_reward(spec, model)
 
 
-def _seeds(text: str) -> tuple[int, ...]:
+def read_seeds(text: str) -> tuple[int, ...]:
+    """Seeds as on the command line, ``0,1,2``."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:

@@ -22,7 +22,6 @@ from langchain_aisp.align import Aligned, Budget, Candidate, Iteration, align, i
 from langchain_aisp.evaluation.arms import Arm
 from langchain_aisp.evaluation.datasets import PromptRecord, fingerprint
 from langchain_aisp.evaluation.log import RunLog
-from langchain_aisp.logprobs import forced_wave
 from langchain_aisp.methods import BestOfN
 from langchain_aisp.rewards.foreign import is_of_this_process
 from langchain_aisp.types import Chat, Engine, Head, Prompt, Response, Reward, Rollouts, Sampling, Ticket, Wave, require
@@ -261,7 +260,8 @@ class Recorder:
 
     def submit(self, wave: Wave, *, deadline: float | None = None) -> Ticket[Rollouts]:
         """As the engine does it."""
-        self.cuts.append(wave.cut.tolist())
+        if not (wave.forced and wave.observe):  # such a wave looks at answers again, it makes none
+            self.cuts.append(wave.cut.tolist())
         return self._engine.submit(wave, deadline=deadline)
 
 
@@ -391,10 +391,9 @@ def _base_logprob(engine: Engine, found: Aligned) -> float:
     tokens = found.best.tokens
     if not tokens:
         return 0.0
-    wave = forced_wave(found.prompt, [tokens], {"base_logprobs"})
+    wave = Wave.saying(found.prompt, [tokens], Sampling(min_tokens=0), {"base_logprobs"})
     rollouts = engine.submit(wave).future.result()
-    asked = (wave.prefix >= 0) & (torch.arange(wave.prefix.shape[1]) >= wave.cut[:, None])
-    return float(rollouts.observed["base_logprobs"][asked].sum())
+    return float(rollouts.observed["base_logprobs"][wave.said].sum())
 
 
 def _numbers(step: Iteration, golds: Mapping[_Said, float]) -> dict[str, float | None]:

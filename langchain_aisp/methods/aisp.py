@@ -19,17 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from langchain_aisp.methods.published import PublishedAISP
-from langchain_aisp.methods.weights import (
-    complete_first,
-    effective_sample_size,
-    importance_weights,
-    temperature_for_ess,
+from langchain_aisp.methods.branching import (
+    Population,
+    branch_log_weights,
+    branch_nodes,
+    merge_equal,
+    parent_weights,
+    parents_of,
+    path_nodes,
 )
+from langchain_aisp.methods.credit import beginnings, cut_log_weights, rewards_to_go
+from langchain_aisp.methods.published import PublishedAISP
+from langchain_aisp.methods.weights import effective_sample_size
 from langchain_aisp.noise import fold, gumbel, wave_keys
 from langchain_aisp.types import Info, Observable, Problem, Rollouts, Sampling, Wave, require
 
-_ESS_SHARE = 0.6  # of the population: most weight on the best, several parents in every wave
 _FISHER_FLOOR = 0.01  # of the mean eigenvalue: directions that no sample has shown are not trusted
 
 
@@ -51,56 +55,6 @@ class SharedSteering:
     def offset(self, rows: Tensor, positions: Tensor, keys: Tensor, hidden: Tensor | None) -> Tensor:
         """Controls [r, D] of some rows; see ``Steering``."""
         return self.control.expand(len(rows), -1)
-
-
-@dataclass(frozen=True)
-class Population:
-    """Decoded responses that may become parents; M of them, the best first.
-
-    Attributes:
-        tokens: [M, L] int64, -1 after the end.
-        keys: [M, L] int64 noise keys.
-        lengths: [M] int64.
-        nodes: [M, L] int64, a hash of the tokens up to and including each position.
-        rewards: [M] float32.
-        complete: [M] bool.
-        alternatives: [M, L, K] int64, the model's likeliest tokens per position.
-        logprobs: [M, L, K] float32, their unsteered log-probabilities.
-        scores: [M, L, D] float32, gradients of each token's log-probability by the pre-logits, 0 for branching tokens;
-            D is 0 without control.
-    """
-
-    tokens: Tensor
-    keys: Tensor
-    lengths: Tensor
-    nodes: Tensor
-    rewards: Tensor
-    complete: Tensor
-    alternatives: Tensor
-    logprobs: Tensor
-    scores: Tensor
-
-    def __len__(self) -> int:
-        """Number of members M."""
-        return len(self.rewards)
-
-    def take(self, rows: Tensor) -> Population:
-        """The members with these indices [r]."""
-        return Population(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
-
-    def join(self, other: Population) -> Population:
-        """The members of both."""
-        return Population(
-            *(torch.cat([getattr(self, name), getattr(other, name)]) for name in self.__dataclass_fields__)
-        )
-
-    def best(self, count: int) -> Population:
-        """The best distinct members: complete before cut off, then by reward, then the earlier one."""
-        last = self.nodes.gather(1, (self.lengths - 1).clamp(min=0)[:, None]).squeeze(1).tolist()
-        standing = list(zip(self.complete.tolist(), self.rewards.tolist(), strict=True))
-        order = sorted(range(len(self)), key=lambda row: standing[row], reverse=True)
-        distinct = list({last[row]: row for row in reversed(order)}.values())
-        return self.take(torch.tensor(sorted(distinct, key=order.index)[:count]))
 
 
 @dataclass(frozen=True)
@@ -170,6 +124,7 @@ class AISPState:
         population: Possible parents, None before the first wave.
         visited: [S] int64, nodes (see ``Population``) that a response has gone through.
         evidence: What is known about a shared control.
+        cuts: [M, L] log-weights of the positions at which parents are cut; None without credit, see ``credited``.
     """
 
     problem: Problem
@@ -178,6 +133,23 @@ class AISPState:
     population: Population | None
     visited: Tensor
     evidence: Evidence
+    cuts: Tensor | None = None
+
+    @property
+    def beginnings(self) -> Wave | None:
+        """The parents' beginnings, of which ``credited`` wants the rewards; nothing is decoded. None if there are none.
+
+        Asked for when the reward understands unfinished texts.
+        """
+        if self.population is None:
+            return None
+        wave = beginnings(self.population, self.problem)
+        return wave if len(wave) else None
+
+    def credited(self, rewards: Tensor) -> AISPState:
+        """With credit per position, from the rewards [B] of the beginnings."""
+        assert self.population is not None, "without parents there are no beginnings to have been scored"
+        return replace(self, cuts=cut_log_weights(self.population, rewards_to_go(self.population, rewards)))
 
 
 @dataclass(frozen=True)
@@ -185,7 +157,8 @@ class AISP:
     """Adaptive importance sampling over branches and pre-logit controls; the default.
 
     The first wave is plain samples, the same as those of ``BestOfN`` with the same seed, so the answer is never worse
-    than Best-of-n of that wave.
+    than Best-of-n of that wave. With a reward that understands unfinished texts, each position of a parent is credited
+    with what follows it, and parents are cut where they lose, see ``methods.credit``.
 
     Attributes:
         samples: Responses in all, as in ``BestOfN``: equal numbers are equal cost.
@@ -267,6 +240,7 @@ class AISP:
             iteration=state.iteration + 1,
             drawn=state.drawn + len(wave),
             population=population,
+            cuts=None,
             visited=torch.cat([state.visited, children.nodes[written]]).unique(),
             evidence=state.evidence.add(children, written & (positions >= wave.cut[:, None])),
         )
@@ -283,7 +257,7 @@ class AISP:
     def _draw_branches(self, state: AISPState, population: Population, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Parents [n], positions [n] and tokens [n] of the n ≤ count branches drawn."""
         nodes = branch_nodes(population, state.problem.prompt.key)
-        weights = branch_log_weights(population, state.problem.sampling).masked_fill(
+        weights = branch_log_weights(population, state.problem.sampling, state.cuts).masked_fill(
             torch.isin(nodes, state.visited), -torch.inf
         )
         merged = merge_equal(nodes.flatten(), weights.flatten().double())
@@ -299,7 +273,7 @@ class AISP:
         logprobs = rollouts.observed["alternative_logprobs"]
         scores = rollouts.observed.get("scores", logprobs[..., :0])
         if parents is not None:
-            source = _parents_of(parents, wave)
+            source = parents_of(parents, wave)
             kept = (torch.arange(nodes.shape[1]) < wave.cut[:, None])[..., None]
             alternatives = torch.where(kept, parents.alternatives[source], alternatives)
             logprobs = torch.where(kept, parents.logprobs[source], logprobs)
@@ -317,66 +291,3 @@ class AISP:
             logprobs,
             scores,
         )
-
-
-def parent_weights(population: Population) -> Tensor:
-    """Importance weights [M] of the members, their temperature set by the wanted effective sample size."""
-    rewards = complete_first(population.rewards, population.complete)
-    target = max(1.0, _ESS_SHARE * len(population))
-    return importance_weights(rewards, temperature_for_ess(rewards, target))
-
-
-def branch_log_weights(population: Population, sampling: Sampling) -> Tensor:
-    """Log-weights [M, L, K] of all branches: parent's weight times the token's share of all branches of the parent."""
-    logprobs = population.logprobs / (sampling.temperature or 1.0)
-    logprobs = logprobs - logprobs.logsumexp(dim=-1, keepdim=True)
-    positions = torch.arange(logprobs.shape[1])
-    possible = (positions < population.lengths[:, None])[..., None] & _allowed(logprobs, sampling)
-    possible &= population.alternatives != population.tokens[..., None]
-    logprobs = logprobs.masked_fill(~possible, -torch.inf)
-    share = logprobs - logprobs.flatten(1).logsumexp(dim=1)[:, None, None]
-    share = share.masked_fill(~possible, -torch.inf)  # nan where a parent has no branches at all
-    return parent_weights(population).log()[:, None, None] + share
-
-
-def _allowed(logprobs: Tensor, sampling: Sampling) -> Tensor:
-    """Which of the alternatives, the likeliest first, the request's top-k and top-p would let through."""
-    before = logprobs.exp().cumsum(dim=-1) - logprobs.exp()
-    ranks = torch.arange(logprobs.shape[-1])
-    return (before < sampling.top_p) & (ranks < (sampling.top_k or logprobs.shape[-1]))
-
-
-def path_nodes(tokens: Tensor, key: int) -> Tensor:
-    """Hashes [N, L] of the tokens [N, L] up to each position: equal exactly where the texts so far are equal."""
-    node = torch.full((len(tokens),), key)
-    nodes = []
-    for column in tokens.T:
-        node = fold(node, column)
-        nodes.append(node)
-    return torch.stack(nodes, dim=1)
-
-
-def branch_nodes(population: Population, key: int) -> Tensor:
-    """Hashes [M, L, K] of the texts that the branches begin with."""
-    root = torch.full((len(population), 1), key)
-    before = torch.cat([root, population.nodes[:, :-1]], dim=1)
-    return fold(before[..., None], population.alternatives)
-
-
-def merge_equal(nodes: Tensor, log_weights: Tensor) -> Tensor:
-    """Log-weights [B] in which the first of equal nodes [B] bears the sum of their weights and the others none.
-
-    Parents that begin alike offer the same branches; each is one branch.
-    """
-    distinct, group = nodes.unique(return_inverse=True)
-    sums = torch.zeros(len(distinct), dtype=log_weights.dtype).scatter_add(0, group, log_weights.exp())
-    order = torch.arange(len(nodes))
-    first = torch.full_like(distinct, len(nodes)).scatter_reduce(0, group, order, "amin")
-    return sums.log()[group].masked_fill(order != first[group], -torch.inf)
-
-
-def _parents_of(parents: Population, wave: Wave) -> Tensor:
-    """For each row [N] a member that shares the row's keys before the cut; any one does, see ``_children``."""
-    last = (wave.cut - 2).clamp(min=0)
-    same = path_nodes(wave.prefix, wave.prompt.key).gather(1, last[:, None]) == parents.nodes[:, last].T
-    return torch.where(wave.cut > 1, same.int().argmax(dim=1), 0)

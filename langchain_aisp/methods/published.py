@@ -81,7 +81,8 @@ class PublishedAISP:
         reward_temperature: λ, in units of the reward.
         alpha: α; 1 ignores how far the controls are from the model's own, 0 charges the full KL divergence.
         horizon: T, the paper's window τ; None controls all of ``max_tokens``.
-        decode: ``argmax`` makes the response a function of its controls; ``sample`` draws its tokens on top of them.
+        decode: ``argmax`` makes the response a function of its controls; ``sample`` draws its tokens on top of them, as
+            a budget of KL divergence needs it (``Budget.kl_budget``).
     """
 
     samples_per_iteration: int = 32

@@ -12,17 +12,20 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import Timer, current_thread
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from langchain_aisp.rewards.base import RewardError, check_scores, fail, gather, settle
 from langchain_aisp.rewards.fingerprint import stable_fingerprint
+from langchain_aisp.rewards.partial import PartialReward, Span, asked_for, check_spans, is_partial, sum_up_to
 from langchain_aisp.rewards.threads import Workers, background_loop
 from langchain_aisp.types import Chat, Response, Reward, Ticket, require
 
 Sees = Literal["text", "response"]
+
+T = TypeVar("T")
 
 _THREADS = 4
 
@@ -34,6 +37,8 @@ def as_reward(
     timeout: float | None = None,
     sees: Sees = "text",
     fingerprint: str | None = None,
+    partial: bool = False,
+    spans: bool = False,
 ) -> Reward:
     """Make a reward of a function; a reward is returned as it is.
 
@@ -45,6 +50,11 @@ def as_reward(
         timeout: Most seconds one call may take, counted from its start; None sets no limit.
         sees: ``"text"`` passes the candidates as strings, ``"response"`` as ``Response`` records.
         fingerprint: Identity for cache keys. Unless given, it is derived from the code, see ``CallableReward``.
+        partial: The promise that a candidate may stop anywhere, also amid a word, and that the scores of its beginnings
+            are worth comparing. ``AISP`` then cuts responses where they lose, and ``commit_every`` is possible. A
+            reward can be promised this, too.
+        spans: ``fn`` returns for each candidate what its pieces are worth instead of one number: a list of
+            ``(start, end, value)``, in characters of its text. The score is their sum, and ``partial`` is understood.
 
     Raises:
         TypeError: If ``fn`` cannot be called with two positional arguments.
@@ -53,15 +63,19 @@ def as_reward(
     if isinstance(fn, type):
         raise TypeError(f"a reward must be a function or an object, got the class {fn.__name__}; pass an instance")
     if _is_reward(fn):
-        given = (name, timeout, fingerprint) != (None, None, None) or sees != "text"
-        require(not given, f"{name_of(fn)} is a reward already and takes no name, timeout, sees or fingerprint here")
-        return fn  # type: ignore[return-value]
-    return CallableReward(fn, name or name_of(fn), timeout, sees, fingerprint)  # type: ignore[arg-type]
+        given = (name, timeout, fingerprint) != (None, None, None) or sees != "text" or spans
+        require(
+            not given, f"{name_of(fn)} is a reward already and takes no name, timeout, sees, fingerprint or spans here"
+        )
+        reward = cast(Reward, fn)
+        return PartialReward(reward) if partial and not is_partial(reward) else reward
+    fn = cast(Callable[..., Any], fn)
+    return CallableReward(fn, name or name_of(fn), timeout, sees, fingerprint, partial or spans, spans)
 
 
 @dataclass(frozen=True, eq=False)
 class CallableReward:
-    """A function ``(chat, responses) -> scores`` as a reward; made by ``as_reward``.
+    """A function ``(chat, responses) -> scores`` as a reward; made by ``as_reward``, which tells more.
 
     Attributes:
         fn: The function, sync or async.
@@ -69,6 +83,8 @@ class CallableReward:
         timeout: Most seconds one call may take; None sets no limit.
         sees: What the function gets: texts or ``Response`` records.
         explicit_fingerprint: Identity for cache keys, or None to derive it.
+        partial: Whether the function understands unfinished texts.
+        spans: Whether it tells what the pieces of a text are worth.
     """
 
     fn: Callable[..., Any]
@@ -76,6 +92,8 @@ class CallableReward:
     timeout: float | None = None
     sees: Sees = "text"
     explicit_fingerprint: str | None = None
+    partial: bool = False
+    spans: bool = False
     _workers: Workers = field(default_factory=lambda: Workers(_THREADS, "aisp-reward"), init=False, repr=False)
     _unique: str = field(default_factory=lambda: f"process-{uuid.uuid4().hex}", init=False, repr=False)
 
@@ -88,7 +106,8 @@ class CallableReward:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the settings; threads and the per-process identity are made anew."""
-        return CallableReward, (self.fn, self.name, self.timeout, self.sees, self.explicit_fingerprint)
+        settings = (self.name, self.timeout, self.sees, self.explicit_fingerprint, self.partial, self.spans)
+        return CallableReward, (self.fn, *settings)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallableReward:
         """The same object: nothing in it is ever edited."""
@@ -103,7 +122,8 @@ class CallableReward:
         gets a fingerprint of this process: caches miss, but never return another reward's answer.
         """
         own = self.explicit_fingerprint or stable_fingerprint(self.fn) or self._unique
-        return own if self.sees == "text" else f"{own}:{self.sees}"
+        own = own if self.sees == "text" else f"{own}:{self.sees}"
+        return f"{own}:{'spans' if self.spans else 'partial'}" if self.partial else own
 
     def submit(
         self, pairs: Sequence[tuple[Chat, Response]], *, loop: AbstractEventLoop | None = None
@@ -122,10 +142,39 @@ class CallableReward:
         return gather(answers, lambda scores: scatter(scores, groups, len(pairs)))
 
     def _ask(self, chat: Chat, responses: list[Response], loop: AbstractEventLoop | None) -> Future[Tensor]:
-        """One call of the function."""
+        """The scores of some responses to one conversation."""
+        ask = self._ask_for_spans if self.spans else self._ask_for_scores
+        return ask(chat, responses, loop)
+
+    def _ask_for_scores(self, chat: Chat, responses: list[Response], loop: AbstractEventLoop | None) -> Future[Tensor]:
+        return self._call(chat, responses, check_scores, loop)
+
+    def _ask_for_spans(self, chat: Chat, responses: list[Response], loop: AbstractEventLoop | None) -> Future[Tensor]:
+        """The sums of what the pieces are worth; a beginning of another response is told by that one's pieces."""
+        owners = asked_for(responses)
+        asked = sorted(set(owners))
+        told = self._call(chat, [responses[row] for row in asked], check_spans, loop)
+
+        def sums(answers: list[list[list[Span]]]) -> Tensor:
+            spans = dict(zip(asked, answers[0], strict=True))
+            texts = [response.text for response in responses]
+            scores = [sum_up_to(spans[owner], len(text)) for owner, text in zip(owners, texts, strict=True)]
+            return check_scores(self.name, scores, texts)
+
+        return gather([told], sums).future
+
+    def _call(
+        self,
+        chat: Chat,
+        responses: list[Response],
+        check: Callable[[str, object, Sequence[str]], T],
+        loop: AbstractEventLoop | None,
+    ) -> Future[T]:
+        """One call of the function; its answer as ``check`` reads it."""
         texts = [response.text for response in responses]
         shown = texts if self.sees == "text" else responses
-        call = _Call(self, functools.partial(self.fn, [dict(message) for message in chat], list(shown)), texts)
+        ask = functools.partial(self.fn, [dict(message) for message in chat], list(shown))
+        call = _Call(self, ask, check, texts)
         if is_async(self.fn):
             call.start_on(loop or background_loop())
         else:
@@ -134,12 +183,18 @@ class CallableReward:
         return call.answer
 
 
-class _Call:
+class _Call(Generic[T]):
     """One call in flight: its answer, and its clock."""
 
-    def __init__(self, reward: CallableReward, ask: Callable[[], Any], texts: list[str]) -> None:
-        self.answer: Future[Tensor] = Future()
-        self._reward, self._ask, self._texts = reward, ask, texts
+    def __init__(
+        self,
+        reward: CallableReward,
+        ask: Callable[[], Any],
+        check: Callable[[str, object, Sequence[str]], T],
+        texts: list[str],
+    ) -> None:
+        self.answer: Future[T] = Future()
+        self._reward, self._ask, self._check, self._texts = reward, ask, check, texts
 
     def run_here(self, workers: Workers, loop: AbstractEventLoop | None) -> None:
         """Make the call in this worker thread, unless it was cancelled while it was queued."""
@@ -154,7 +209,7 @@ class _Call:
         self.answer.add_done_callback(lambda _: task.cancel())
         task.add_done_callback(self._arrived)
 
-    def _scores(self, loop: AbstractEventLoop | None) -> Tensor:
+    def _scores(self, loop: AbstractEventLoop | None) -> T:
         try:
             scores = self._ask()
             if inspect.isawaitable(scores):  # a lambda around an async function does not look async before
@@ -165,9 +220,9 @@ class _Call:
             raise
         except BaseException as error:  # also SystemExit: it would end this thread and leave the caller waiting
             raise self._failure(error) from error
-        return check_scores(self._reward.name, scores, self._texts)
+        return self._check(self._reward.name, scores, self._texts)
 
-    async def _scores_async(self) -> Tensor:
+    async def _scores_async(self) -> T:
         self._start_clock(lambda: None)
         try:
             scores = await self._ask()
@@ -175,9 +230,9 @@ class _Call:
             raise
         except Exception as error:
             raise self._failure(error) from error
-        return check_scores(self._reward.name, scores, self._texts)
+        return self._check(self._reward.name, scores, self._texts)
 
-    def _arrived(self, task: Future[Tensor]) -> None:
+    def _arrived(self, task: Future[T]) -> None:
         if task.cancelled():
             fail(self.answer, self._error("was cancelled before it answered", "Keep its event loop running."))
         else:

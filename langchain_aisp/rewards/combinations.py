@@ -14,6 +14,7 @@ from torch import Tensor
 from langchain_aisp.rewards.base import check_scores, gather
 from langchain_aisp.rewards.callable import as_reward
 from langchain_aisp.rewards.fingerprint import digest
+from langchain_aisp.rewards.partial import is_partial
 from langchain_aisp.types import Chat, Response, Reward, Ticket, require
 
 
@@ -43,6 +44,11 @@ class WeightedSum:
     def fingerprint(self) -> str:
         """From the weights and fingerprints of the parts."""
         return digest("weighted sum", *map(repr, self.weights), *(reward.fingerprint for reward in self.rewards))
+
+    @property
+    def partial(self) -> bool:
+        """Whether all parts understand unfinished texts."""
+        return all(map(is_partial, self.rewards))
 
     def submit(
         self, pairs: Sequence[tuple[Chat, Response]], *, loop: AbstractEventLoop | None = None

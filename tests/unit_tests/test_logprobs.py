@@ -17,8 +17,8 @@ from langchain_aisp.align import Candidate
 from langchain_aisp.demo import LANGUAGE_MODEL_PATH
 from langchain_aisp.engine import TransformersEngine
 from langchain_aisp.engine.cache import ExpandedCache, NoCache
-from langchain_aisp.logprobs import Logprobs, forced_wave
-from langchain_aisp.types import Response
+from langchain_aisp.logprobs import Logprobs
+from langchain_aisp.types import Response, Sampling, Wave
 from tests import matching, tiny
 from tests.toy import ToyEngine
 
@@ -186,7 +186,8 @@ def test_the_likeliest_tokens_come_with_each_and_nobody_pays_for_them_in_the_sea
 
 @pytest.mark.parametrize("cache", [ExpandedCache, NoCache])
 def test_caches_of_one_length_observe_the_same(engine, cache):
-    wave = forced_wave(engine.encode([{"role": "user", "content": "Hello"}]), [range(70, 80), (75,)], ["base_logprobs"])
+    prompt = engine.encode([{"role": "user", "content": "Hello"}])
+    wave = Wave.saying(prompt, [range(70, 80), (75,)], Sampling(min_tokens=0), ["base_logprobs"])
     expected = engine.submit(wave).future.result()
     assert expected.sampled_tokens == 11
     with TransformersEngine(tiny.model(), tiny.tokenizer()) as other:

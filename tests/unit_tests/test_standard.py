@@ -4,15 +4,11 @@ from typing import Any
 
 from langchain_tests.unit_tests import ChatModelUnitTests
 
-from langchain_aisp import AISPChatModel
+from tests.suites import LocalModel
 
 
-class TestStandardUnit(ChatModelUnitTests):
+class TestStandardUnit(LocalModel, ChatModelUnitTests):
     """Construction, parameters and tracing; nothing is loaded."""
-
-    @property
-    def chat_model_class(self) -> type[AISPChatModel]:
-        return AISPChatModel
 
     @property
     def chat_model_params(self) -> dict[str, Any]:

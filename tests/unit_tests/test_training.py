@@ -1,5 +1,6 @@
 """The code that trains the demo's models: rows hold what they promise, and a step of each course teaches something."""
 
+from itertools import islice
 from random import Random
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from langchain_aisp.demo import LANGUAGE_MODEL_PATH, REWARD_MODEL_PATH, check, draft, redraw, scenarios
-from training import language_model, reward_model
+from langchain_aisp.demo.tool_dialogues import lessons, tool_dialogues
+from training import language_model, reward_model, tools
 from training.optimize import Recipe
 from training.rows import Encoder, Judged
 
@@ -63,6 +65,28 @@ def test_a_judge_reads_in_a_row_what_it_reads_through_its_template(judge, encode
     torch.testing.assert_close(packed, torch.stack(plain), atol=1e-3, rtol=1e-3)
 
 
+def test_a_row_with_tools_is_the_prompt_that_the_engine_makes(encoder, tokenizer):
+    made = next(made for made in tool_dialogues("dev", 20) if made.calls)
+    row = encoder.written(made.answered, ["Done."], made.schemas)
+    turns = [dict(turn) for turn in made.answered]
+    prompt = tokenizer.apply_chat_template(turns, tools=made.schemas, add_generation_prompt=True)
+    assert [*row.prompt, encoder.start] == list(prompt["input_ids"])
+
+
+def test_dialogues_that_share_their_tools_are_learnt_like_separate_ones(writer, encoder):
+    made = lessons("dev", Random(5), 3)
+    schemas = made[0].schemas
+    together = encoder.batch([encoder.dialogues(made, schemas)])
+    calls = [encoder.written(each.messages, [tools.calls_text(each.calls)], schemas) for each in made]
+    finals = [encoder.written(each.answered, [each.answers[0]], schemas) for each in made]
+    apart = [encoder.batch([row]) for row in calls + finals]
+    sizes = [int((batch.targets != -100).sum()) for batch in apart]
+    assert int((together.targets != -100).sum()) == sum(sizes)
+    with torch.inference_mode():
+        separate = sum(language_model.loss_of(writer, b) * n for b, n in zip(apart, sizes, strict=True)) / sum(sizes)
+        torch.testing.assert_close(language_model.loss_of(writer, together), separate, atol=1e-4, rtol=1e-4)
+
+
 def test_of_answers_with_equal_parts_only_the_best_liked_is_shown_again():
     rng = Random(0)
     good = draft(CASE, rng, good=1.0)
@@ -89,6 +113,19 @@ def test_a_new_language_model_starts_like_chance_and_learns(tokenizer):
     assert len(losses) == 2
     assert rows >= 512  # as many as the first batches are sorted out of
     assert not torch.equal(model.lm_head.weight, language_model.new_model(tokenizer, seed=0).lm_head.weight)
+
+
+def test_a_few_steps_on_tools_lower_their_loss(writer, tokenizer, encoder):
+    fresh = language_model.new_model(tokenizer, seed=0)
+    fresh.load_state_dict(writer.state_dict())
+    rng = Random(9)
+    rows = list(islice(tools.written(encoder, rng), 4))
+    batch = encoder.batch(rows)
+    torch.nn.init.zeros_(fresh.model.layers[-1].mlp.down_proj.weight)  # something to learn again
+    before = language_model.loss_of(fresh, batch).item()
+    losses, _ = language_model.teach_tools(fresh, tokenizer, Recipe(steps=6, tokens=600))
+    assert len(losses) == 6
+    assert language_model.loss_of(fresh, batch).item() < before
 
 
 def test_a_judge_starts_from_the_language_model_and_learns_in_both_courses(writer, tokenizer):

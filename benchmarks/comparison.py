@@ -1,0 +1,449 @@
+"""Reward, gold reward and cost of the default AISP and its rivals on four pairs: does it win wherever one looks?
+
+Why: one pair proves little, so there are four of different characters (`benchmarks.pairs`). Two steps. `--dev` runs
+every rival's grid on dev prompts at the full budget, takes the setting of the highest mean reward, the same rule for
+all, and writes it down in `results/comparison-settings.json`, which is never overwritten. `--test` runs these
+settings on test prompts, once: the files of the runs refuse others. All answer the same prompts with the same seed on
+the same engine, at equal numbers of samples; the gold reward judges what is best after each iteration, and nothing is
+chosen by it. Each file of runs can be read by `langchain-aisp report` too.
+
+A rival that gives one answer (ARGS, RE-Control) stands as it is and as many samples. ARGS as it is asks for about as
+many rewards as all the others; with eight chains for eight times as many. The budget of the others is in samples.
+
+Runs are kept one by one, so a benchmark that was stopped goes on where it was. Workers are processes of one thread
+each; with as many of them as cores, seconds are those of a busy machine, for all rivals alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import RESULTS, mean_with_interval, save
+from benchmarks.pairs import PAIRS, RUNS, Opened, Pair, Sources, add_sources, open_pair, sources_of
+from langchain_aisp.align import align
+from langchain_aisp.evaluation.arms import Arm, parse_arms
+from langchain_aisp.evaluation.log import RunLog, read_log
+from langchain_aisp.evaluation.results import Results, load_results
+from langchain_aisp.evaluation.run import Run, answer, environment
+from langchain_aisp.fitting import fit_value
+from langchain_aisp.methods import BestOfN
+from langchain_aisp.types import Sampling, require
+
+SEED = 0
+WAVE = 32
+AT_ONCE = 64  # rows of Best-of-N, which adapts to nothing and so loses nothing by larger waves
+OURS, YARDSTICK = "aisp", "best_of_n"
+COSTS = ("samples", "sampled_tokens", "reward_calls", "seconds", "reward_seconds")
+
+Grids = dict[str, list[str]]
+"""For each rival what its setting is chosen from, in the language of ``parse_arms``."""
+
+
+def grids(pair: Pair, samples: int) -> Grids:
+    """The rivals; a grid of one leaves nothing to choose."""
+    wave, at = min(WAVE, samples), [f"temperature={each:g}" for each in pair.temperatures]
+    warm, hot = at[1], at[3]
+    plain = f"best_of_n:samples_per_wave={AT_ONCE}"
+    ours = f"aisp:iterations={samples // wave}"
+    published = f"published:samples_per_iteration={wave}"
+    best_of = f"recontrol:best_of={samples},steps=10"
+    return {
+        YARDSTICK: [*(f"{plain},{each}" for each in at), *(f"{plain},{each},top_p=0.9" for each in at[-2:])],
+        OURS: [f"{ours},{each}" for each in at],
+        "aisp at temperature 1": [ours],
+        "published": [
+            *(f"{published},sigma={sigma},reward_temperature=0.5" for sigma in (0.5, 0.7071, 1.0, 1.5)),
+            *(f"{published},sigma=1.0,reward_temperature={each}" for each in (0.3, 1.0)),
+        ],
+        "args": [f"args:weight={weight}" for weight in (0.5, 1.0, 1.5)],
+        "args in 8 chains": [f"args:weight=1.0,chains=8,temperature={each}" for each in (0.3, 1.0)],
+        "recontrol": [f"recontrol:steps=10,step_size={size}" for size in (0.1, 0.3, 1.0)],
+        "recontrol best of n": [f"{best_of},step_size={size},{each}" for size in (0.1, 0.5) for each in (warm, hot)],
+        "qalign": [f"qalign:reward_temperature={beta},{each}" for beta in (0.1, 0.5) for each in (warm, hot)],
+        "misvo": [
+            f"misvo:samples_per_iteration={wave},learning_rate={rate},{each}"
+            for rate in (0.1, 0.3)
+            for each in (warm, hot)
+        ],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The first prompts of a split of a pair.
+
+    Attributes:
+        pair: Its name.
+        sources: What it is opened from.
+        split: ``train``, ``dev`` or ``test``.
+        count: How many prompts.
+    """
+
+    pair: str
+    sources: Sources
+    split: str
+    count: int
+
+    def open(self) -> Opened:
+        """Models and prompts, once per process."""
+        return open_pair(self.pair, self.sources, self.split, self.count)
+
+    def file(self, folder: Path, label: str) -> Path:
+        """Where an arm's runs are kept."""
+        return folder / f"{self.pair}.{self.split}.{re.sub(r'[^A-Za-z0-9.=]+', '_', label)}.jsonl"
+
+
+Maker = Callable[[], Arm]
+"""Makes an arm in the process that runs it: a value network is better read from its file than sent."""
+
+Task = tuple[Questions, Maker, int]
+
+
+def run_arms(asked: Questions, makers: Sequence[Maker], folder: Path, workers: int) -> dict[str, Path]:
+    """Answer every prompt by every arm, but for what the files hold already; one file per arm.
+
+    All arms answer a prompt before the next one comes, so that what was stopped early is paired.
+
+    Args:
+        asked: The prompts.
+        makers: Of the arms.
+        folder: Where the files are.
+        workers: Processes.
+
+    Returns:
+        The files by the arms' labels.
+
+    Raises:
+        ValueError: A file was begun with other settings.
+    """
+    opened = asked.open()
+    arms = [make() for make in makers]
+    paths = {arm.label: asked.file(folder, arm.label) for arm in arms}
+    with ExitStack() as stack:
+        logs = {arm.label: stack.enter_context(RunLog(paths[arm.label], opened.evaluation(arm).config)) for arm in arms}
+        tasks: list[Task] = [
+            (asked, make, index)
+            for index, prompt in enumerate(opened.prompts)
+            for arm, make in zip(arms, makers, strict=True)
+            if (arm.label, prompt.id, SEED) not in logs[arm.label].done
+        ]
+        for log in logs.values():
+            if len(log.done) < len(opened.prompts):
+                log.append("session", environment())
+        with hands(workers) as work:
+            for done, line in enumerate(work(run, tasks), start=1):
+                logs[line["method"]].append("run", line)
+                print(f"\r{opened.name}: {done} of {len(tasks)} runs", end="", flush=True)
+    print(f"\r{opened.name}: all runs are there  ")
+    return paths
+
+
+@contextmanager
+def hands(workers: int) -> Iterator[Callable[[Callable[[Task], Any], Sequence[Task]], Iterable[Any]]]:
+    """What does the tasks: this process, or several others of one thread each, in whatever order."""
+    if workers == 1:
+        yield map
+    else:
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool.imap_unordered
+
+
+def run(task: Task) -> dict[str, Any]:
+    """One arm's answer to one prompt, as a line of a file; the prompt is read before the clock starts."""
+    asked, make, index = task
+    opened, arm = asked.open(), make()
+    prompt = opened.prompts[index]
+    align(opened.engine, opened.reward, BestOfN(samples=1), prompt.messages, sampling=Sampling(max_tokens=1))
+    *_, found = answer(opened.evaluation(arm), arm, prompt, SEED)
+    assert isinstance(found, Run)
+    return slim(found)
+
+
+def slim(found: Run) -> dict[str, Any]:
+    """A run without the texts and tokens of its samples, a tenth of its size."""
+    samples = [
+        {"reward": each.reward, "gold": each.gold, "finish_reason": each.finish_reason} for each in found.samples
+    ]
+    return {**asdict(replace(found, samples=())), "samples": samples}
+
+
+def arm_of(spec: str, label: str, max_tokens: int, samples: int, value: Path) -> Arm:
+    """The arm that a setting names, under a label; RE-Control's network is in a file."""
+    written = spec.replace("recontrol:", f"recontrol:value={value},")
+    [arm] = parse_arms(written, samples, Sampling(max_tokens=max_tokens))
+    return replace(arm, label=label)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What was found
+
+
+def rows(results: Results, reference: str) -> dict[str, dict[str, Any]]:
+    """Each arm's rewards and costs, and how far the reference is ahead of it, paired by prompt."""
+    measures = ("reward", "gold", "base_logprob")
+    table = {}
+    for name in results.methods:
+        found = {measure: results.numbers(name, measure) for measure in measures}
+        ours = {measure: results.numbers(reference, measure) for measure in measures}
+        ahead = {
+            measure: mean_with_interval([a - b for a, b in zip(ours[measure], found[measure], strict=True)])
+            for measure in ("reward", "gold")
+        }
+        table[name] = {
+            **{measure: mean_with_interval(values) for measure, values in found.items()},
+            f"{reference}_ahead": ahead,
+            **{cost: mean(results.numbers(name, cost)) for cost in COSTS},
+        }
+    return table
+
+
+def mean(values: Sequence[float]) -> float:
+    """The average."""
+    return sum(values) / len(values)
+
+
+Trace = Sequence[Mapping[str, float]]
+"""The numbers of one run after each of its iterations."""
+
+
+def traces(path: Path, prompts: Sequence[str]) -> list[Trace]:
+    """How an arm's runs on some prompts went."""
+    lines = {line["prompt"]: line["trace"] for line in read_log(path)[1] if line["kind"] == "run"}
+    return [lines[prompt] for prompt in prompts]
+
+
+def curve(runs: Sequence[Trace]) -> list[dict[str, float]]:
+    """Mean best reward, its gold reward and the costs after each iteration that all runs have."""
+    names = ("best", "gold", *COSTS)
+    return [
+        {name: mean([point[name] for point in points]) for name in names}  # the same iteration of every run
+        for points in zip(*runs, strict=False)
+    ]
+
+
+def reached(ours: Sequence[Mapping[str, float]], theirs: Mapping[str, float]) -> dict[str, Any] | None:
+    """Where a curve reaches the end of another one, and what share of its costs that took; None if it never does."""
+    there = next((point for point in ours if point["best"] >= theirs["best"]), None)
+    if there is None:
+        return None
+    shares = {cost: there[cost] / theirs[cost] for cost in COSTS if theirs[cost] > 0}
+    ours_alone, theirs_alone = (each["seconds"] - each["reward_seconds"] for each in (there, theirs))
+    return {
+        **{cost: there[cost] for cost in COSTS},
+        "shares": {**shares, "seconds_without_reward": ours_alone / max(theirs_alone, 1e-9)},
+    }
+
+
+def compare(paths: Mapping[str, Path], reference: str, yardstick: str | None = None) -> dict[str, Any]:
+    """All that is told of some arms.
+
+    Args:
+        paths: Their files, by label.
+        reference: The arm that all are compared with.
+        yardstick: An arm whose reward the reference is to reach with less.
+    """
+    results = load_results(list(paths.values()))
+    curves = {name: curve(traces(path, results.prompts)) for name, path in paths.items()}
+    told: dict[str, Any] = {"prompts": len(results.prompts), "arms": rows(results, reference)}
+    for name, points in curves.items():
+        told["arms"][name]["curve"] = [point for point in points if _is_power_of_two(point["samples"])]
+    if yardstick is not None:
+        told["reached"] = reached(curves[reference], curves[yardstick][-1])
+    return told
+
+
+def _is_power_of_two(number: float) -> bool:
+    return number == 1 << (int(number).bit_length() - 1)
+
+
+def show(title: str, told: Mapping[str, Any], reference: str) -> None:
+    """A comparison as a table for people."""
+    print(f"\n{title}, {told['prompts']} prompts; how far {reference} is ahead, with 95 % intervals")
+    costs = f"{'tokens':>7} {'s':>6} {'of it reward':>12}"
+    print(f"{'':24} {'reward':>7} {'gold':>6} {'log p':>7}  {'reward':^24} {'gold':^24} {costs}")
+    for name, row in told["arms"].items():
+        ahead = row[f"{reference}_ahead"]
+        print(
+            f"{name:24} {row['reward']['mean']:7.3f} {row['gold']['mean']:6.2f} {row['base_logprob']['mean']:7.1f}  "
+            f"{_interval(ahead['reward'])} {_interval(ahead['gold'])} "
+            f"{row['sampled_tokens']:7.0f} {row['seconds']:6.2f} {row['reward_seconds']:12.2f}"
+        )
+    if told.get("reached"):
+        found = told["reached"]
+        shares = ", ".join(f"{share:.3f} of its {name.replace('_', ' ')}" for name, share in found["shares"].items())
+        print(f"{YARDSTICK}'s reward is reached with {found['samples']:.0f} samples: {shares}")
+
+
+def _interval(found: Mapping[str, float]) -> str:
+    return f"{found['mean']:+7.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dev, then test
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a comparison, and where it keeps what.
+
+    Attributes:
+        samples: Responses that a search may decode.
+        dev: Prompts that settings are chosen on.
+        test: Prompts that they are compared on.
+        train: Prompts whose answers value networks learn from.
+        answers: Answers to each of these.
+        workers: Processes.
+        folder: Runs and value networks.
+        settings: The file of frozen settings.
+    """
+
+    samples: int = 512
+    dev: int = 12
+    test: int = 60
+    train: int = 64
+    answers: int = 16
+    workers: int = 2
+    folder: Path = RUNS / "comparison"
+    settings: Path = RESULTS / "comparison-settings.json"
+
+    def frozen(self) -> dict[str, Any]:
+        """Settings that were chosen, by pair."""
+        return json.loads(self.settings.read_text(encoding="utf-8")) if self.settings.exists() else {}
+
+    def freeze(self, pair: str, choice: Mapping[str, Any]) -> None:
+        """Write down what was chosen for a pair, for good.
+
+        Raises:
+            ValueError: Something was chosen before.
+        """
+        known = self.frozen()
+        require(pair not in known, f"the settings of {pair} are frozen; to choose anew, take them out of the file")
+        text = json.dumps({**known, pair: choice}, indent=1) + "\n"
+        self.settings.write_text(text, encoding="utf-8")
+
+    def makers(self, pair: str, settings: Mapping[str, str]) -> list[Maker]:
+        """Makers of arms for a pair, of settings by label."""
+        size, value = PAIRS[pair].max_tokens, self.value(pair)
+        return [partial(arm_of, spec, label, size, self.samples, value) for label, spec in settings.items()]
+
+    def value(self, pair: str) -> Path:
+        """Where a pair's value network is kept."""
+        return self.folder / f"{pair}.value.safetensors"
+
+
+def fit_network(pair: str, sources: Sources, plan: Plan) -> float:
+    """Fit RE-Control's network for a pair on answers to train prompts, unless it is there.
+
+    Returns:
+        The share of the rewards' variance that it explains on prompts that it has not seen.
+    """
+    path, told = plan.value(pair), plan.value(pair).with_suffix(".json")
+    if not (path.exists() and told.exists()):
+        opened = Questions(pair, sources, "train", plan.train).open()
+        chats = [prompt.messages for prompt in opened.prompts]
+        sampling = Sampling(max_tokens=PAIRS[pair].max_tokens)
+        fit = fit_value(opened.engine, opened.reward, chats, sampling=sampling, samples_per_prompt=plan.answers)
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        fit.network.save(path)
+        told.write_text(json.dumps({"explained": fit.explained}), encoding="utf-8")
+    explained: float = json.loads(told.read_text(encoding="utf-8"))["explained"]
+    return explained
+
+
+def choose_on_dev(pair: str, sources: Sources, plan: Plan) -> None:
+    """Run the grids on dev prompts and freeze what gave the highest mean reward."""
+    explained = fit_network(pair, sources, plan)
+    candidates = grids(PAIRS[pair], plan.samples)
+    specs = [spec for grid in candidates.values() if len(grid) > 1 for spec in grid]
+    asked = Questions(pair, sources, "dev", plan.dev)
+    paths = run_arms(asked, plan.makers(pair, dict(zip(specs, specs, strict=True))), plan.folder, plan.workers)
+    results = load_results(list(paths.values()))
+    rewards = {spec: mean(results.numbers(spec, "reward")) for spec in specs}
+    chosen = {rival: max(grid, key=lambda spec: rewards.get(spec, 0.0)) for rival, grid in candidates.items()}
+    sizes = {"samples": plan.samples, "dev_prompts": plan.dev}
+    plan.freeze(pair, {**sizes, "chosen": chosen, "dev_rewards": rewards, "value_network_explains": explained})
+    print("\n".join(f"{rival}: {spec}" for rival, spec in chosen.items()))
+
+
+def compare_on_test(pair: str, sources: Sources, plan: Plan) -> dict[str, Any]:
+    """Run the frozen settings on test prompts and compare.
+
+    Raises:
+        ValueError: No settings were chosen, or with another number of samples.
+    """
+    frozen = plan.frozen()
+    require(pair in frozen, f"no settings were chosen for {pair} yet; run --dev first")
+    settings, samples = frozen[pair]["chosen"], frozen[pair]["samples"]
+    require(samples == plan.samples, f"{pair}: settings were chosen at {samples} samples, --samples is {plan.samples}")
+    asked = Questions(pair, sources, "test", plan.test)
+    told = compare(run_arms(asked, plan.makers(pair, settings), plan.folder, plan.workers), OURS, YARDSTICK)
+    show(f"{pair} at {samples} samples", told, OURS)
+    return {"settings": settings, **told}
+
+
+def possible(names: Sequence[str], sources: Sources) -> list[str]:
+    """The pairs that can be opened; the others are named with the reason."""
+    reasons = {name: sources.missing(PAIRS[name].needs) for name in names}
+    for name, reason in reasons.items():
+        if reason is not None:
+            print(f"{name} is left out: {reason}")
+    return [name for name, reason in reasons.items() if reason is None]
+
+
+def main() -> None:
+    """Choose on dev prompts, or compare on test prompts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    step = parser.add_mutually_exclusive_group(required=True)
+    step.add_argument("--dev", action="store_true", help="choose settings and freeze them")
+    step.add_argument("--test", action="store_true", help="run the frozen settings, once")
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
+    add_sources(parser)
+    parser.add_argument("--samples", type=int, default=Plan.samples)
+    parser.add_argument("--dev-prompts", type=int, default=Plan.dev)
+    parser.add_argument("--prompts", type=int, default=Plan.test, help="test prompts")
+    parser.add_argument("--train-prompts", type=int, default=Plan.train, help="of the value networks")
+    parser.add_argument("--workers", type=int, default=Plan.workers, help="processes of one thread each")
+    parser.add_argument("--runs", type=Path, default=Plan.folder, help="where single runs are kept")
+    parser.add_argument("--settings", type=Path, default=Plan.settings, help="the file of frozen settings")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    plan = Plan(
+        samples=args.samples,
+        dev=args.dev_prompts,
+        test=args.prompts,
+        train=args.train_prompts,
+        workers=args.workers,
+        folder=args.runs,
+        settings=args.settings,
+    )
+    sources = sources_of(args)
+    pairs = possible(args.pairs, sources)
+    if args.dev:
+        for pair in pairs:
+            if pair in plan.frozen():
+                print(f"{pair}: its settings are frozen already")
+            else:
+                choose_on_dev(pair, sources, plan)
+    else:
+        told = {pair: compare_on_test(pair, sources, plan) for pair in pairs}
+        save("comparison", {"samples": plan.samples, "pairs": told})
+
+
+if __name__ == "__main__":
+    main()

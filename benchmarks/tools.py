@@ -1,0 +1,97 @@
+"""How well the demo calls tools: dialogues of the test split, whose tools and phrasings training has never seen.
+
+Why: valid calls come from the grammar, right ones from the model. A call is right when name and arguments are exactly
+those expected; a request that needs no call is right when none is made. A final answer is right when it says what the
+tools returned and calls nothing. The conversation up to the tools' results is given, so that calls and answers are
+counted apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from typing import Any
+
+from langchain_core.messages import AIMessage, BaseMessage, convert_to_messages
+
+from benchmarks.common import save
+from langchain_aisp import AISP, AISPChatModel
+from langchain_aisp.demo.tool_dialogues import KINDS, ToolDialogue, tool_dialogues
+
+CALLERS = 4
+
+
+def main() -> None:
+    """Run all dialogues, print the counts and save them."""
+    options = _options()
+    chat = AISPChatModel(
+        model="demo",
+        method=AISP(samples=options.samples),
+        max_tokens=96,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+    made = tool_dialogues(options.split, options.dialogues, seed=options.seed)
+    with ThreadPoolExecutor(CALLERS) as callers:
+        outcomes = list(callers.map(lambda each: outcome(chat, each), made))
+    table = {"all": outcomes, **{kind: [each for each in outcomes if each["kind"] == kind] for kind in KINDS}}
+    counts = {kind: {"call": rate(found, "call"), "answer": rate(found, "answer")} for kind, found in table.items()}
+    failures = [each for each in outcomes if not (each["call"] and each["answer"])]
+    save("tools", {**vars(options), "counts": counts, "failures": failures})
+    for kind, each in counts.items():
+        print(f"{kind:12} calls {each['call']:10} final answers {each['answer']}")
+
+
+def outcome(chat: AISPChatModel, made: ToolDialogue) -> dict[str, Any]:
+    """What the model did in one dialogue, and whether it was right."""
+    bound = chat.bind_tools(made.schemas)
+    called = bound.invoke(messages(made.messages))
+    calls = [(call["name"], call["args"]) for call in called.tool_calls]
+    final = bound.invoke(messages(made.answered)) if made.calls else called
+    return {
+        "kind": made.kind,
+        "asked": made.messages[-1]["content"],
+        "expected": [(call.name, dict(call.arguments)) for call in made.calls],
+        "calls": calls,
+        "call": calls == [(call.name, dict(call.arguments)) for call in made.calls],
+        "results": made.results,
+        "final": final.text,
+        "answer": made.uses_results(final.text) and not final.tool_calls,
+    }
+
+
+def messages(turns: Sequence[Any]) -> list[BaseMessage]:
+    """Turns of a dialogue as LangChain's messages; each result answers the next call."""
+    found: list[BaseMessage] = []
+    made, answered = count(), count()
+    for turn in turns:
+        if turn.get("tool_calls"):
+            functions = [call["function"] for call in turn["tool_calls"]]
+            calls = [{"name": f["name"], "args": f["arguments"], "id": f"call_{next(made)}"} for f in functions]
+            found.append(AIMessage("", tool_calls=calls))
+        elif turn["role"] == "tool":
+            found += convert_to_messages([{**turn, "tool_call_id": f"call_{next(answered)}"}])
+        else:
+            found += convert_to_messages([turn])
+    return found
+
+
+def rate(found: Sequence[dict[str, Any]], name: str) -> str:
+    """How many were right, of how many."""
+    return f"{sum(each[name] for each in found)} of {len(found)}"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dialogues", type=int, default=150)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.3, help="chosen on dev dialogues")
+    parser.add_argument("--split", default="test", choices=("dev", "test"))
+    parser.add_argument("--seed", type=int, default=1)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

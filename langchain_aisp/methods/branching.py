@@ -1,0 +1,134 @@
+"""The tree of responses: its members, the branches that leave them, and what each branch weighs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from langchain_aisp.methods.weights import complete_first, importance_weights, temperature_for_ess
+from langchain_aisp.noise import fold
+from langchain_aisp.types import Sampling, Wave
+
+_ESS_SHARE = 0.6  # of the population: most weight on the best, several parents in every wave
+
+
+@dataclass(frozen=True)
+class Population:
+    """Decoded responses that may become parents; M of them, the best first.
+
+    Attributes:
+        tokens: [M, L] int64, -1 after the end.
+        keys: [M, L] int64 noise keys.
+        lengths: [M] int64.
+        nodes: [M, L] int64, a hash of the tokens up to and including each position.
+        rewards: [M] float32.
+        complete: [M] bool.
+        alternatives: [M, L, K] int64, the model's likeliest tokens per position.
+        logprobs: [M, L, K] float32, their unsteered log-probabilities.
+        scores: [M, L, D] float32, gradients of each token's log-probability by the pre-logits, 0 for branching tokens;
+            D is 0 without control.
+    """
+
+    tokens: Tensor
+    keys: Tensor
+    lengths: Tensor
+    nodes: Tensor
+    rewards: Tensor
+    complete: Tensor
+    alternatives: Tensor
+    logprobs: Tensor
+    scores: Tensor
+
+    def __len__(self) -> int:
+        """Number of members M."""
+        return len(self.rewards)
+
+    def take(self, rows: Tensor) -> Population:
+        """The members with these indices [r]."""
+        return Population(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
+    def join(self, other: Population) -> Population:
+        """The members of both."""
+        return Population(
+            *(torch.cat([getattr(self, name), getattr(other, name)]) for name in self.__dataclass_fields__)
+        )
+
+    def best(self, count: int) -> Population:
+        """The best distinct members: complete before cut off, then by reward, then the earlier one."""
+        last = self.nodes.gather(1, (self.lengths - 1).clamp(min=0)[:, None]).squeeze(1).tolist()
+        standing = list(zip(self.complete.tolist(), self.rewards.tolist(), strict=True))
+        order = sorted(range(len(self)), key=lambda row: standing[row], reverse=True)
+        distinct = list({last[row]: row for row in reversed(order)}.values())
+        return self.take(torch.tensor(sorted(distinct, key=order.index)[:count]))
+
+
+def parent_weights(population: Population) -> Tensor:
+    """Importance weights [M] of the members, their temperature set by the wanted effective sample size."""
+    rewards = complete_first(population.rewards, population.complete)
+    target = max(1.0, _ESS_SHARE * len(population))
+    return importance_weights(rewards, temperature_for_ess(rewards, target))
+
+
+def branch_log_weights(population: Population, sampling: Sampling, cuts: Tensor | None = None) -> Tensor:
+    """Log-weights [M, L, K] of all branches: parent's weight times the token's share of all branches of the parent.
+
+    Args:
+        population: The possible parents.
+        sampling: How tokens are drawn.
+        cuts: [M, L] log-weights of the positions, see ``methods.credit``; None if all are alike.
+    """
+    logprobs = population.logprobs / (sampling.temperature or 1.0)
+    logprobs = logprobs - logprobs.logsumexp(dim=-1, keepdim=True)
+    positions = torch.arange(logprobs.shape[1])
+    possible = (positions < population.lengths[:, None])[..., None] & _allowed(logprobs, sampling)
+    possible &= population.alternatives != population.tokens[..., None]
+    logprobs = logprobs.masked_fill(~possible, -torch.inf)
+    share = logprobs - logprobs.flatten(1).logsumexp(dim=1)[:, None, None]
+    share = share.masked_fill(~possible, -torch.inf)  # nan where a parent has no branches at all
+    weights = parent_weights(population).log()[:, None, None] + share
+    return weights if cuts is None else weights + cuts[..., None]
+
+
+def _allowed(logprobs: Tensor, sampling: Sampling) -> Tensor:
+    """Which of the alternatives, the likeliest first, the request's top-k and top-p would let through."""
+    before = logprobs.exp().cumsum(dim=-1) - logprobs.exp()
+    ranks = torch.arange(logprobs.shape[-1])
+    return (before < sampling.top_p) & (ranks < (sampling.top_k or logprobs.shape[-1]))
+
+
+def path_nodes(tokens: Tensor, key: int) -> Tensor:
+    """Hashes [N, L] of the tokens [N, L] up to each position: equal exactly where the texts so far are equal."""
+    node = torch.full((len(tokens),), key)
+    nodes = []
+    for column in tokens.T:
+        node = fold(node, column)
+        nodes.append(node)
+    return torch.stack(nodes, dim=1)
+
+
+def branch_nodes(population: Population, key: int) -> Tensor:
+    """Hashes [M, L, K] of the texts that the branches begin with."""
+    root = torch.full((len(population), 1), key)
+    before = torch.cat([root, population.nodes[:, :-1]], dim=1)
+    return fold(before[..., None], population.alternatives)
+
+
+def merge_equal(nodes: Tensor, log_weights: Tensor) -> Tensor:
+    """Log-weights [B] in which the first of equal nodes [B] bears the sum of their weights and the others none.
+
+    Parents that begin alike offer the same branches; each is one branch.
+    """
+    distinct, group = nodes.unique(return_inverse=True)
+    sums = torch.zeros(len(distinct), dtype=log_weights.dtype).scatter_add(0, group, log_weights.exp())
+    order = torch.arange(len(nodes))
+    first = torch.full_like(distinct, len(nodes)).scatter_reduce(0, group, order, "amin")
+    return sums.log()[group].masked_fill(order != first[group], -torch.inf)
+
+
+def parents_of(parents: Population, wave: Wave) -> Tensor:
+    """For each row [N] a member that shares the row's keys before the cut; any one does, see ``_children``."""
+    last = (wave.cut - 2).clamp(min=0)
+    same = path_nodes(wave.prefix, wave.prompt.key).gather(1, last[:, None]) == parents.nodes[:, last].T
+    return torch.where(wave.cut > 1, same.int().argmax(dim=1), 0)
