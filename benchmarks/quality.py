@@ -30,7 +30,10 @@ from langchain_aisp.methods import PublishedAISP
 from langchain_aisp.types import Method, Sampling
 
 MAX_TOKENS = 80
-TEMPERATURES = {"best_of_n": (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0), "aisp": (0.3, 0.4, 0.5, 0.7)}  # the best lie inside
+TEMPERATURES = {  # the highest rewards lie inside
+    "best_of_n": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0),
+    "aisp": (0.3, 0.4, 0.5, 0.7),
+}
 WAVE = 32
 SEEDS = {"dev": 1, "test": 3}  # of the prompts; test prompts of 1 and 2 were looked at before settings were final
 

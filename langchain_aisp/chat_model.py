@@ -173,8 +173,8 @@ class AISPChatModel(BaseChatModel):
     quantization: Any = None
     """"int8", "nf4" or a quantization config of transformers; None leaves the weights as they are."""
 
-    adapter: str | None = None
-    """Path or id of a PEFT adapter."""
+    adapter: str | dict[str, float] | None = None
+    """Path or id of a PEFT adapter, or several with a weight each: ``{path: weight}``."""
 
     chat_template: str | None = None
     """Jinja template to use instead of the tokenizer's."""

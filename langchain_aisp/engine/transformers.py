@@ -129,7 +129,7 @@ class TransformersEngine:
         dtype: str | torch.dtype = "auto",
         device: str = "auto",
         quantization: str | Any | None = None,
-        adapter: str | None = None,
+        adapter: str | Mapping[str, float] | None = None,
         chat_template: str | None = None,
         trust_remote_code: bool = False,
         max_rows: int = 256,
@@ -144,7 +144,7 @@ class TransformersEngine:
             dtype: ``auto`` (float32 on a CPU, the checkpoint's own elsewhere) or a torch dtype or its name.
             device: ``auto`` (cuda, else mps, else cpu) or a torch device.
             quantization: ``int8`` or ``nf4`` (bitsandbytes), or a transformers quantization config.
-            adapter: Id or path of a PEFT adapter to load on top.
+            adapter: Id or path of a PEFT adapter to load on top, or several with a weight each: ``{path: weight}``.
             chat_template: A Jinja chat template that replaces the tokenizer's.
             trust_remote_code: Run code that the repository brings. Off unless you ask for it.
             max_rows: Most rows that decode at once.
