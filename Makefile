@@ -9,7 +9,6 @@ DEMO ?=
 BENCH ?= quality speed grammar concurrency scaling memory
 TESTS ?= tests
 PYTEST_WORKERS ?= 2
-BENCH ?= quality speed grammar concurrency scaling memory
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-agent test lint format bench demo-models build clean

@@ -2,8 +2,8 @@
 
 Why: valid calls come from the grammar, right ones from the model. A call is right when name and arguments are exactly
 those expected; a request that needs no call is right when none is made. A final answer is right when it says what the
-tools returned and calls nothing. The conversation up to the tools' results is given, so that calls and answers are
-counted apart.
+tools returned and calls nothing; it is searched twice, by the demo's reward model alone and with a reward of telling
+results. The conversation up to the tools' results is given, so that calls and answers are counted apart.
 """
 
 from __future__ import annotations
@@ -18,38 +18,41 @@ from langchain_core.messages import AIMessage, BaseMessage, convert_to_messages
 
 from benchmarks.common import save
 from langchain_aisp import AISP, AISPChatModel
+from langchain_aisp.demo import REWARD_MODEL_PATH
 from langchain_aisp.demo.tool_dialogues import KINDS, ToolDialogue, tool_dialogues
+from langchain_aisp.rewards import ClassifierReward, WeightedSum, told_results
 
 CALLERS = 4
+COUNTED = ("call", "unaided_answer", "answer")
 
 
 def main() -> None:
     """Run all dialogues, print the counts and save them."""
     options = _options()
-    chat = AISPChatModel(
-        model="demo",
-        method=AISP(samples=options.samples),
-        max_tokens=96,
-        temperature=options.temperature,
-        seed=options.seed,
-    )
+    judge = ClassifierReward.from_pretrained(REWARD_MODEL_PATH)
+    telling = WeightedSum([(judge, 1.0), (told_results, options.telling)])
+    settings = {"max_tokens": 96, "temperature": options.temperature, "seed": options.seed}
+    chats = [
+        AISPChatModel(model="demo", reward=reward, method=AISP(samples=options.samples), **settings)
+        for reward in (judge, telling)
+    ]
     made = tool_dialogues(options.split, options.dialogues, seed=options.seed)
     with ThreadPoolExecutor(CALLERS) as callers:
-        outcomes = list(callers.map(lambda each: outcome(chat, each), made))
+        outcomes = list(callers.map(lambda each: outcome(*chats, each), made))
     table = {"all": outcomes, **{kind: [each for each in outcomes if each["kind"] == kind] for kind in KINDS}}
-    counts = {kind: {"call": rate(found, "call"), "answer": rate(found, "answer")} for kind, found in table.items()}
-    failures = [each for each in outcomes if not (each["call"] and each["answer"])]
-    save("tools", {**vars(options), "counts": counts, "failures": failures})
+    counts = {kind: {what: rate(found, what) for what in COUNTED} for kind, found in table.items()}
+    failures = [each for each in outcomes if not all(each[what] for what in COUNTED)]
     for kind, each in counts.items():
-        print(f"{kind:12} calls {each['call']:10} final answers {each['answer']}")
+        print(f"{kind:12} " + "  ".join(f"{what.replace('_', ' ')} {found}" for what, found in each.items()))
+    save("tools", {**vars(options), "counts": counts, "failures": failures})
 
 
-def outcome(chat: AISPChatModel, made: ToolDialogue) -> dict[str, Any]:
-    """What the model did in one dialogue, and whether it was right."""
-    bound = chat.bind_tools(made.schemas)
-    called = bound.invoke(messages(made.messages))
+def outcome(alone: AISPChatModel, telling: AISPChatModel, made: ToolDialogue) -> dict[str, Any]:
+    """What the model did in one dialogue, with each of both rewards, and whether it was right."""
+    chats = [chat.bind_tools(made.schemas) for chat in (alone, telling)]
+    called = chats[1].invoke(messages(made.messages))
     calls = [(call["name"], call["args"]) for call in called.tool_calls]
-    final = bound.invoke(messages(made.answered)) if made.calls else called
+    unaided, final = (chat.invoke(messages(made.answered)) if made.calls else called for chat in chats)
     return {
         "kind": made.kind,
         "asked": made.messages[-1]["content"],
@@ -57,6 +60,8 @@ def outcome(chat: AISPChatModel, made: ToolDialogue) -> dict[str, Any]:
         "calls": calls,
         "call": calls == [(call.name, dict(call.arguments)) for call in made.calls],
         "results": made.results,
+        "unaided_final": unaided.text,
+        "unaided_answer": made.uses_results(unaided.text) and not unaided.tool_calls,
         "final": final.text,
         "answer": made.uses_results(final.text) and not final.tool_calls,
     }
@@ -88,6 +93,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dialogues", type=int, default=150)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.3, help="chosen on dev dialogues")
+    parser.add_argument("--telling", type=float, default=5.0, help="weight of told_results beside the reward model")
     parser.add_argument("--split", default="test", choices=("dev", "test"))
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()

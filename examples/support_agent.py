@@ -1,25 +1,23 @@
 """An agent of LangChain's with three tools: it looks things up, and the best of many answers tells what it found."""
 
 from langchain.agents import create_agent
-from langchain_core.messages import AIMessage, ToolMessage
 from langchain_core.tools import tool
 
 from langchain_aisp import AISP, AISPChatModel
 
-ORDERS = {"48213": "in transit, arrives Tuesday", "77120": "delayed, expected Friday"}
-REFUNDS = {"30561": "approved, due Monday"}
+STATES = {"48213": "in transit, arrives Tuesday", "30561": "approved, due Monday"}
 
 
 @tool
 def get_order_status(order_number: str) -> str:
     """Find out where an order is."""
-    return ORDERS.get(order_number, "Error: order not found")
+    return STATES.get(order_number, "Error: order not found")
 
 
 @tool
 def get_refund_status(order_number: str) -> str:
     """Find out about the refund of an order."""
-    return REFUNDS.get(order_number, "Error: order not found")
+    return STATES.get(order_number, "Error: order not found")
 
 
 @tool
@@ -36,11 +34,6 @@ for customer in (
     "When will I get the money for order 30561?",
     "Please book a repair on Thursday at 14:30.",
 ):
-    print(f"\ncustomer  {customer}")
-    for message in agent.invoke({"messages": [("user", customer)]})["messages"][1:]:
-        if isinstance(message, AIMessage) and message.tool_calls:
-            print("calls    ", *(f"{call['name']}({call['args']})" for call in message.tool_calls))
-        elif isinstance(message, ToolMessage):
-            print("tool     ", message.content)
-        else:
-            print("answer   ", message.content)
+    for message in agent.invoke({"messages": [("user", customer)]})["messages"]:
+        said = message.text or ", ".join(f"{call['name']}({call['args']})" for call in message.tool_calls)
+        print(f"{message.type:7}{said}")

@@ -52,6 +52,7 @@ class Speech:
         grammar: What the answer may be; None for anything.
         reader: Takes the answer apart; None when all of it is text.
         text_only: The grammar of an answer that calls no tool; None where none may be called, or one must be.
+        call_only: The grammar of an answer that calls a tool; None likewise.
         may_call: Whether the answer may call tools.
     """
 
@@ -60,6 +61,7 @@ class Speech:
     grammar: Grammar | None = None
     reader: Reader | None = None
     text_only: Grammar | None = None
+    call_only: Grammar | None = None
     may_call: bool = False
 
 
@@ -94,9 +96,12 @@ def plan(engine: Engine, chat: Chat, options: Mapping[str, Any], *, grounded: bo
         "them: leave out response_format or the tools, or let an agent use ToolStrategy",
     )
     grounds = [turn["content"] for turn in chat] if grounded else None
-    calls = form.grammar(specs, choice=choice, parallel=parallel, text=schema, grounds=grounds)
-    text_only = form.grammar(specs, choice="none", text=schema) if choice == "auto" else None
-    return Speech(asked, told, calls, form.reader(specs), text_only, may_call=True)
+    limits: dict[str, Any] = {"parallel": parallel, "text": schema, "grounds": grounds}
+    either, reader = form.grammar(specs, choice=choice, **limits), form.reader(specs)
+    if choice != "auto":
+        return Speech(asked, told, either, reader, may_call=True)
+    text_only, call_only = (form.grammar(specs, choice=kind, **limits) for kind in ("none", "required"))
+    return Speech(asked, told, either, reader, text_only, call_only, may_call=True)
 
 
 def format_tools(tools: Sequence[Any], strict: bool | None) -> list[dict[str, Any]]:
@@ -229,3 +234,9 @@ def judges_calls(reward: Reward) -> bool:
     """Whether a reward says that it understands tool calls: it sees whole responses, or all its parts do."""
     parts: Sequence[Reward] = getattr(reward, "rewards", ())
     return all(map(judges_calls, parts)) if parts else getattr(reward, "sees", "text") == "response"
+
+
+def compares_kinds(reward: Reward) -> bool:
+    """Whether a reward's scores of calls and of texts mean the same; if not, the model decides which it is."""
+    parts: Sequence[Reward] = getattr(reward, "rewards", ())
+    return all(map(compares_kinds, parts)) if parts else getattr(reward, "compares_kinds", True)

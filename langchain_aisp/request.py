@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from langchain_core.exceptions import ModelTimeoutError
@@ -19,7 +20,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from torch import Tensor
 
 from langchain_aisp.align import Aligned, Budget, Candidate, Iteration, Settings, aiterate, iterate
-from langchain_aisp.calling import UNJUDGED, Speech, judges_calls
+from langchain_aisp.calling import UNJUDGED, Speech, compares_kinds, judges_calls
 from langchain_aisp.committing import Block, acommit, check_committing, commit
 from langchain_aisp.logprobs import Entry, Logprobs
 from langchain_aisp.messages import continues_last
@@ -107,28 +108,31 @@ class Request:
 
     @property
     def undecided(self) -> bool:
-        """Whether the answer may be a call, which the reward cannot judge: then the model says first what it is."""
-        return self.speech.may_call and not judges_calls(self.reward)
+        """Whether the model has to say first what its answer is, a call or a text: the reward cannot."""
+        if not self.speech.may_call:
+            return False
+        return not judges_calls(self.reward) or (self.speech.call_only is not None and not compares_kinds(self.reward))
 
     @property
     def alone(self) -> Request:
-        """The model's own likeliest answer, judged by nobody."""
-        return replace(self, reward=_LIKELIHOOD, method=Greedy())
+        """The model's own likeliest answer, whatever the reward thinks of it."""
+        reward = self.reward if judges_calls(self.reward) else _LIKELIHOOD
+        speech = replace(self.speech, may_call=False)
+        return replace(self, reward=reward, method=Greedy(), speech=speech, commit_every=None)
 
     def decided(self, alone: Aligned) -> Request | Aligned:
-        """The model's own answer if that is a call; else the request for the best text."""
+        """The request for the best answer of the kind of the model's own; that itself if it is a call nobody judges."""
         response = alone.best.response
-        if self.speech.text_only is None or response.tool_calls or response.invalid_tool_calls:
+        calls = self.speech.text_only is None or bool(response.tool_calls or response.invalid_tool_calls)
+        if calls and not judges_calls(self.reward):
             return _by_likelihood(alone)
-        return replace(self, speech=replace(self.speech, grammar=self.speech.text_only, may_call=False))
+        grammar = self.speech.call_only if calls else self.speech.text_only
+        return replace(self, speech=replace(self.speech, grammar=grammar, may_call=False))
 
     @property
     def told_reward(self) -> Reward:
-        """The reward as the search asks it: one that judges calls reads the conversation with its calls and results.
-
-        The others read texts, as the chat template does that is silent about tools.
-        """
-        return _AsGiven(self.reward, self.chat) if judges_calls(self.reward) else self.reward
+        """The reward, told the conversation as it was given, not as it was rewritten for the model's template."""
+        return self.reward if self.speech.chat is self.chat else _AsGiven(self.reward, self.chat)
 
     def iterate(self) -> Generator[Iteration | Block | Outcome]:
         """Run the search; whoever waits is a thread."""
@@ -144,39 +148,45 @@ class Request:
 
     def _search(self) -> Generator[Iteration | Block | Aligned]:
         request: Request | Aligned = self
+        own: Aligned | None = None
         if self.undecided:
             [*_, found] = self.alone._search()
             assert isinstance(found, Aligned)
-            request = self.decided(found)
+            own, request = found if judges_calls(self.reward) else None, self.decided(found)
         if isinstance(request, Aligned):
             yield from request.trace
             yield request
-        elif self.commit_every is None:
-            yield from iterate(self.engine, self.told_reward, self.method, request.speech.chat, **request.settings)
-        else:
-            every, chat = self.commit_every, request.speech.chat
-            yield from commit(self.engine, self.told_reward, self.method, chat, commit_every=every, **request.settings)
+            return
+        every, given = self.commit_every, (self.engine, self.told_reward, self.method, request.speech.chat)
+        search = (
+            iterate(*given, **request.settings)
+            if every is None
+            else commit(*given, commit_every=every, **request.settings)
+        )
+        for step in search:
+            yield _beside(own, step) if isinstance(step, Aligned) else step
 
     async def _asearch(self) -> AsyncGenerator[Iteration | Block | Aligned]:
         request: Request | Aligned = self
+        own: Aligned | None = None
         if self.undecided:
             [*_, found] = [step async for step in self.alone._asearch()]
             assert isinstance(found, Aligned)
-            request = self.decided(found)
+            own, request = found if judges_calls(self.reward) else None, self.decided(found)
         if isinstance(request, Aligned):
             for now in request.trace:
                 yield now
             yield request
-        else:
-            every, given = self.commit_every, (self.engine, self.told_reward, self.method, request.speech.chat)
-            search = (
-                aiterate(*given, **request.settings)
-                if every is None
-                else acommit(*given, commit_every=every, **request.settings)
-            )
-            async with aclosing(search) as steps:
-                async for step in steps:
-                    yield step
+            return
+        every, given = self.commit_every, (self.engine, self.told_reward, self.method, request.speech.chat)
+        search = (
+            aiterate(*given, **request.settings)
+            if every is None
+            else acommit(*given, commit_every=every, **request.settings)
+        )
+        async with aclosing(search) as steps:
+            async for step in steps:
+                yield _beside(own, step) if isinstance(step, Aligned) else step
 
     def _outcome(self, aligned: Aligned) -> Generator[Wave, Rollouts, Outcome]:
         """What is told of a search; asks for a wave if the log-probabilities of the answers are wanted."""
@@ -218,6 +228,16 @@ class _AsGiven:
         self, pairs: Sequence[tuple[Chat, Response]], *, loop: asyncio.AbstractEventLoop | None = None
     ) -> Ticket[Tensor]:
         return self.reward.submit([(self.chat, response) for _, response in pairs], loop=loop)
+
+
+def _beside(own: Aligned | None, found: Aligned) -> Aligned:
+    """The outcome of a search with the model's own answer among the candidates, before others as good as it is."""
+    if own is None or own.stopped == "infeasible":
+        return found
+    if found.stopped == "infeasible":
+        return replace(found, candidates=(own.best, *found.candidates), stopped=own.stopped)
+    better = sum(1 for _ in takewhile(lambda each: each.rank < own.best.rank, found.candidates))
+    return replace(found, candidates=(*found.candidates[:better], own.best, *found.candidates[better:]))
 
 
 def _by_likelihood(alone: Aligned) -> Aligned:
@@ -269,6 +289,7 @@ def _answer(request: Request, outcome: Outcome, rank: int) -> AIMessageChunk:
     reasoning = {} if response.reasoning is None else {"reasoning_content": response.reasoning}
     logprobs = {"logprobs": {"content": outcome.logprobs[rank]}} if outcome.logprobs else {}
     limits = {"base_logprob": best.base_logprob, "kl": best.kl}
+    calls = response.tool_calls or response.invalid_tool_calls
     return AIMessageChunk(
         content=response.text if request.commit_every is None else "",
         additional_kwargs=reasoning,
@@ -278,7 +299,7 @@ def _answer(request: Request, outcome: Outcome, rank: int) -> AIMessageChunk:
             "model_provider": "aisp",
             "finish_reason": "tool_calls" if response.tool_calls and response.complete else response.finish_reason,
             "reward": best.reward,
-            "reward_name": UNJUDGED if aligned.method == "greedy" and request.undecided else request.reward.name,
+            "reward_name": UNJUDGED if calls and not judges_calls(request.reward) else request.reward.name,
             "method": aligned.method,
             "samples": aligned.samples,
             "sampled_tokens": aligned.sampled_tokens,

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from training.rows import Row, batches
 
 CORES = 2
+MOMENTUM, DECAY = 0.95, 0.01  # of the matrices
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,9 @@ class Optimizer:
         matrices = [value for name, value in named.items() if value.ndim == 2 and "layers" in name]
         others = [value for name, value in named.items() if value.ndim != 2 or "layers" not in name]
         self.parameters = [*matrices, *others]
+        self.dtype = fastest_dtype()
         self.parts: list[torch.optim.Optimizer] = [
-            *(_muon(matrices[core::CORES], matrix_rate) for core in range(CORES)),
+            *(Muon(matrices[core::CORES], matrix_rate, dtype=self.dtype) for core in range(CORES)),
             torch.optim.AdamW(others, lr=other_rate, betas=(0.9, 0.95), weight_decay=0.0),
         ]
         self.schedules = [LambdaLR(part, lambda step: _rate(step, steps)) for part in self.parts]
@@ -87,13 +89,57 @@ class Optimizer:
         return sum(loss for loss, _ in results) / len(losses)
 
     def _gradients(self, loss_of: Callable[[], Tensor]) -> tuple[float, tuple[Tensor, ...]]:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16):
             loss = loss_of()
         return loss.item(), torch.autograd.grad(loss, self.parameters)
 
 
-def _muon(matrices: list[nn.Parameter], rate: float) -> torch.optim.Muon:
-    return torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+class Muon(torch.optim.Optimizer):
+    """Momentum for matrices whose singular values are drawn to one: https://kellerjordan.github.io/posts/muon/.
+
+    As torch's own, which computes in bfloat16 only: fifty times slower than float32 where the processor lacks it.
+    """
+
+    def __init__(self, matrices: Sequence[nn.Parameter], rate: float, *, dtype: torch.dtype) -> None:
+        """Moves elements about as far per step as AdamW at the same rate."""
+        super().__init__(matrices, {"lr": rate})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Moves each matrix against the orthogonal part of its momentum."""
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+                momentum.lerp_(matrix.grad, 1 - MOMENTUM)
+                ahead = matrix.grad.lerp(momentum, MOMENTUM)
+                matrix.mul_(1 - group["lr"] * DECAY)
+                matrix.add_(_orthogonal(ahead.to(self.dtype)), alpha=-0.2 * group["lr"] * max(matrix.shape) ** 0.5)
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
+    """The nearest orthogonal matrix, roughly, by five Newton–Schulz iterations."""
+    a, b, c = 3.4445, -4.775, 2.0315
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = wide / wide.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+
+
+def fastest_dtype() -> torch.dtype:
+    """Bfloat16 where this processor multiplies it faster than float32, which is measured."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix = torch.ones(256, 256, dtype=dtype)
+        started = time.perf_counter()
+        for _ in range(10):
+            matrix @ matrix
+        return time.perf_counter() - started
+
+    half, full = (min(seconds(dtype) for _ in range(3)) for dtype in (torch.bfloat16, torch.float32))
+    return torch.bfloat16 if half < full else torch.float32
 
 
 def _rate(step: int, steps: int) -> float:

@@ -10,6 +10,7 @@ from langchain_aisp.rewards.ensemble import EnsembleReward, Minimum
 from langchain_aisp.rewards.foreign import last_user_text
 from langchain_aisp.rewards.judge import JudgeReward
 from langchain_aisp.rewards.remote import RemoteReward
+from langchain_aisp.rewards.results import told_results
 from langchain_aisp.rewards.rules import (
     Rule,
     RuleReward,
@@ -48,4 +49,5 @@ __all__ = [
     "must_satisfy",
     "no_personal_data",
     "no_topic",
+    "told_results",
 ]

@@ -6,14 +6,12 @@ import asyncio
 import inspect
 import json
 import math
-import re
 from asyncio import AbstractEventLoop
 from collections import Counter
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from decimal import Decimal
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 from torch import Tensor
@@ -31,6 +29,7 @@ from langchain_aisp.rewards.callable import (
 from langchain_aisp.rewards.fingerprint import digest, stable_fingerprint
 from langchain_aisp.rewards.foreign import text_of
 from langchain_aisp.rewards.rules import plain
+from langchain_aisp.rewards.said import said_in
 from langchain_aisp.types import Chat, Response, Reward, Ticket, aanswered, answered, require
 
 CallFunction: TypeAlias = Callable[[Any, str, dict[str, Any]], float | Awaitable[float]]
@@ -54,7 +53,9 @@ def as_call_reward(
 
     Args:
         function: Called as ``function(chat, name, args)``, sync or async; returns a finite number, higher is better.
-        text: What an answer without calls gets: a number, or a reward (or a function of texts) that then judges it.
+        text: What an answer without calls gets. A number is compared with the scores of calls. Or a reward (or a
+            function of texts), which has a scale of its own: then the model's own likeliest answer decides whether
+            this turn is a call, and the search goes on among answers of that kind.
         invalid: What a call counts that cannot be read, was cut off or breaks its schema: a low score of the function.
         name: For error messages; the function's own name unless given.
         timeout: Most seconds for all calls of one wave; None sets no limit.
@@ -74,6 +75,7 @@ class CallReward:
         function: Scores one call.
         text: Judges answers without calls.
         invalid: The score of a call that cannot be read.
+        compares_kinds: Whether the scores of calls and of texts mean the same: a number for all texts is chosen to.
         sees: What the reward reads; says to the chat model that it judges calls.
     """
 
@@ -95,6 +97,7 @@ class CallReward:
         require(math.isfinite(invalid), f"invalid must be a finite number, got {invalid}; it is a low score")
         self.function = function
         self.invalid = float(invalid)
+        self.compares_kinds = isinstance(text, int | float)
         self.text: Reward = _always(text) if isinstance(text, int | float) else as_reward(text)
         scores = self._scores_async if is_async(function) else self._scores
         identity = fingerprint or stable_fingerprint(function)
@@ -221,7 +224,7 @@ class CompleteCalls(CallReward):
 
 def grounded_share(chat: Chat, name: str, args: Mapping[str, Any]) -> float:
     """Share of the strings and numbers in ``args`` that occur in the conversation, see ``GroundedCalls``."""
-    said = _said(tuple(text_of(message) for message in chat))
+    said = said_in(tuple(text_of(message) for message in chat))
     values = list(_values(args))
     return sum(map(said.holds, values)) / len(values) if values else 1.0
 
@@ -248,50 +251,6 @@ class _Form:
     name: str
     properties: tuple[str, ...]
     required: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Said:
-    """What has been said in a conversation.
-
-    Attributes:
-        text: All of it, without case and with single spaces.
-        numbers: The numbers in it.
-    """
-
-    text: str
-    numbers: frozenset[Decimal]
-
-    def holds(self, value: str | float) -> bool:
-        """Whether a value of a call's arguments was said."""
-        return self._holds_text(plain(value)) if isinstance(value, str) else Decimal(str(value)) in self.numbers
-
-    def _holds_text(self, passage: str) -> bool:
-        """Whether the passage occurs, not as a part of a longer word or number."""
-        found = (match.span() for match in re.finditer(re.escape(passage), self.text))
-        return any(not (self._goes_on(start) or self._goes_on(end)) for start, end in found)
-
-    def _goes_on(self, at: int) -> bool:
-        """Whether a word or number goes on across this place; scripts without case have no spaces, or do not tell."""
-        before, after = self.text[max(at - 2, 0) : at], self.text[at : at + 2]
-        beside = before[-1:] + after[:1]
-        within_word = len(beside) == 2 and all(sign.islower() or sign.isdigit() for sign in beside)
-        return within_word or any(map(_PARTED.fullmatch, (before + after[:1], before[-1:] + after)))
-
-
-_PARTED = re.compile(r"\d[.,]\d")
-# A sign that follows a digit is a hyphen, not a minus; commas part groups of three digits.
-_NUMBER = re.compile(r"(?<!\w)-?\d+(?:,\d{3})*(?:\.\d+)?")
-_NUMERALS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-
-
-@lru_cache(maxsize=64)
-def _said(texts: tuple[str, ...]) -> _Said:
-    """What texts say; a wave asks about hundreds of calls in one conversation."""
-    text = "\n".join(map(plain, texts))
-    words = set(re.findall(r"\w+", text))
-    digits = {Decimal(found.replace(",", "")) for found in _NUMBER.findall(text)}
-    return _Said(text, frozenset(digits | {Decimal(value) for value, word in enumerate(_NUMERALS) if word in words}))
 
 
 def _values(value: Any) -> Iterator[str | float]:

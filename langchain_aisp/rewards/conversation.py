@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from langchain_aisp.templating import Sanitiser, with_fitting_ids
+from langchain_aisp.tools.formats import GENERIC
 from langchain_aisp.types import Chat
 
 if TYPE_CHECKING:
@@ -54,12 +55,17 @@ class ConversationEncoder:
         Raises:
             ValueError: If the candidate alone is longer than ``max_length``: it is never cut.
         """
-        fitting = with_fitting_ids(chat, str(self._template))
+        fitting = with_fitting_ids(self._readable(chat), str(self._template))
         messages = [self._sanitiser.turn(turn) for turn in with_answer(fitting, response)]
         ids = self._render(messages)
         while self._too_long(ids) and (shorter := _without_first_turn(messages)) is not None:
             messages, ids = shorter, self._render(shorter)
         return self._cut(ids, messages) if self._too_long(ids) else ids
+
+    def _readable(self, chat: Chat) -> Chat:
+        """The conversation, with calls and results of tools as plain turns where the template is silent about tools."""
+        about_tools = any(turn.get("role") == "tool" or turn.get("tool_calls") for turn in chat)
+        return GENERIC.instructed(chat, ()) if about_tools and "tool" not in str(self._template) else chat
 
     def _render(self, messages: Messages) -> list[int]:
         """Token ids of the template, with the BOS and EOS that the policy asks for."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import common, concurrency, gpu, memory, scaling, speed
+from benchmarks import common, concurrency, gpu, memory, scaling, speed, tools
 from langchain_aisp.engine import TransformersEngine
 from langchain_aisp.engine import transformers as engines
 from tests import tiny
@@ -297,3 +297,12 @@ def test_a_benchmark_is_a_module_that_can_be_called(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(sys, "argv", [str(module.__file__), "--help"])
         with pytest.raises(SystemExit, match="0"):
             runpy.run_path(str(module.__file__), run_name="__main__")
+
+
+def test_tools_counts_calls_and_answers_by_kind_and_tells_every_failure(run: Run) -> None:
+    last = run(tools, "--dialogues", "4", "--samples", "8", "--split", "dev")
+    counts = {kind: found.pop("call") for kind, found in last["counts"].items()}
+    assert counts.pop("all").endswith(" of 4")
+    assert sum(int(each.split(" of ")[1]) for each in counts.values()) == 4
+    right = sum(int(each.split(" of ")[0]) for each in counts.values())
+    assert len(last["failures"]) >= 4 - right

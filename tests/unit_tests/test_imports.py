@@ -16,8 +16,8 @@ ALLOWED = {  # part of the package -> the parts (with a dot) and the libraries i
     "templating": {".types", "transformers"},  # transformers for type checkers only
     "methods": RECORDS | {".methods"},
     "engine": RECORDS | {".engine", ".demo", "tokenizers", "transformers"},  # .demo: where the model "demo" lies
-    "rewards": RECORDS | {".rewards", "transformers"},
     "tools": {".types", ".tools"},
+    "rewards": RECORDS | {".rewards", ".tools", "transformers"},
     "align": RECORDS,
 }
 

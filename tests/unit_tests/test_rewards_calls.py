@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.v1 import BaseModel as BaseModelV1
 
 from langchain_aisp import AISPChatModel, BestOfN, as_reward
-from langchain_aisp.calling import judges_calls
+from langchain_aisp.calling import compares_kinds, judges_calls
 from langchain_aisp.engine import TransformersEngine
 from langchain_aisp.rewards import (
     CompleteCalls,
@@ -283,7 +283,11 @@ def test_they_compose_and_a_combination_with_a_reward_of_texts_does_not_judge_ca
     both = WeightedSum([(grounded, 2.0), (complete, 1.0)])
     assert score(both, made, TEXT) == pytest.approx([2 + 2 / 3, 1.5])
     assert judges_calls(both)
-    assert judges_calls(as_call_reward(euros, text=lambda chat, texts: [0.0] * len(texts)))
+    both_kinds = as_call_reward(euros, text=lambda chat, texts: [0.0] * len(texts))
+    assert judges_calls(both_kinds)
+    assert not compares_kinds(both_kinds)
+    assert not compares_kinds(WeightedSum([(grounded, 1.0), (both_kinds, 1.0)]))
+    assert compares_kinds(both)
     assert not judges_calls(WeightedSum([(grounded, 1.0), (lambda chat, texts: [0.0] * len(texts), 1.0)]))
 
 
@@ -343,6 +347,36 @@ def test_where_an_answer_may_be_either_calls_and_texts_compete(engine):
     assert not message.tool_calls
     assert any(each.tool_calls for each in seen)
     assert any(not (each.tool_calls or each.invalid_tool_calls) for each in seen)
+
+
+def prefers(kind):
+    """A reward whose scores of calls and texts lie far apart, and that does not compare them."""
+
+    def of_texts(chat, texts):
+        return [1000.0 if kind == "texts" else -1000.0] * len(texts)
+
+    return as_call_reward(lambda chat, name, args: float(args["euros"] == 17), text=of_texts)
+
+
+@pytest.mark.parametrize("kind", ["texts", "calls"])
+def test_with_a_reward_for_each_kind_the_model_decides_and_the_search_goes_on_among_that_kind(engine, kind):
+    alone = bound(engine, as_reward(lambda chat, texts: [0.0] * len(texts))).invoke("Give me 17 back.")
+    message = bound(engine, prefers(kind)).invoke("Give me 17 back.")
+    assert bool(message.tool_calls) == bool(alone.tool_calls)
+    assert message.response_metadata["samples"] == 24
+    if message.tool_calls:
+        assert message.tool_calls[0]["args"] == {"euros": 17}
+        assert message.response_metadata["reward"] == 1.0
+
+
+@pytest.mark.parametrize("async_", [False, True])
+async def test_the_models_own_call_wins_among_equals(engine, async_):
+    text = {"text": lambda chat, texts: [0.0] * len(texts)}
+    unjudged = bound(engine, text["text"]).invoke("Give me something back.")
+    chat = bound(engine, as_call_reward(lambda chat, name, args: 0.5, **text))
+    asked = "Give me something back."
+    message = await chat.ainvoke(asked) if async_ else chat.invoke(asked)
+    assert [made["args"] for made in message.tool_calls] == [made["args"] for made in unjudged.tool_calls]
 
 
 def test_the_reward_reads_the_conversation_as_it_was_given(engine):

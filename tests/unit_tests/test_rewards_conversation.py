@@ -201,3 +201,23 @@ def test_a_long_conversation_loses_its_beginning_and_never_the_answer(max_length
 def test_an_answer_that_does_not_fit_is_an_error():
     with pytest.raises(ValueError, match="takes 16 of the reward's tokens, max_length is 16.*lower max_tokens"):
         encoder(max_length=16).encode(LONG_CHAT, "Yes, of course.")
+
+
+def test_a_template_that_is_silent_about_tools_reads_calls_and_results_as_plain_turns():
+    chat = [
+        *CHAT,
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"function": {"name": "find", "arguments": {"what": "it"}}}],
+        },
+        {"role": "tool", "content": "found it"},
+    ]
+    tokenizer = byte_tokenizer()
+    read = tokenizer.decode(encoder(tokenizer).encode(chat, "Here it is."))
+    roles = [part.split("|>")[0] for part in read.split("<|")[1:]]
+    assert roles == ["user", "assistant", "user", "assistant"]
+    assert "find" in read
+    assert "found it" in read
+    knowing = TEMPLATE + "{# what a tool says, too #}"
+    assert "<|tool|>found it" in tokenizer.decode(encoder(byte_tokenizer(knowing)).encode(chat, "Here it is."))

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from langchain_aisp.demo import LANGUAGE_MODEL_PATH, REWARD_MODEL_PATH, check, draft, redraw, scenarios
 from langchain_aisp.demo.tool_dialogues import lessons, tool_dialogues
 from training import language_model, reward_model, tools
-from training.optimize import Recipe
+from training.optimize import Muon, Recipe
 from training.rows import Encoder, Judged
 
 CASE = scenarios("train", 1, seed=4)[0]
@@ -139,3 +139,18 @@ def test_a_judge_starts_from_the_language_model_and_learns_in_both_courses(write
     before = judge.score.weight.clone()
     assert len(reward_model.train_further(judge, tokenizer, own, recipe)) == 2
     assert not torch.equal(before, judge.score.weight)
+
+
+def test_muon_is_torchs_own_in_bfloat16():
+    rng = torch.Generator().manual_seed(0)
+    for shape in ((32, 16), (16, 32)):
+        ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+        one = Muon([ours], 1e-2, dtype=torch.bfloat16)
+        other = torch.optim.Muon([theirs], lr=1e-2, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        for _ in range(3):
+            ours.grad = torch.randn(shape, generator=rng)
+            theirs.grad = ours.grad.clone()
+            one.step()
+            other.step()
+        assert torch.equal(ours, theirs)
+        assert not torch.equal(ours, torch.ones(shape))

@@ -1,0 +1,67 @@
+"""A reward of answers that follow tools' results: whether they tell what was returned."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
+from itertools import takewhile
+from typing import Any
+
+from langchain_aisp.rewards.foreign import text_of
+from langchain_aisp.rewards.said import said_in
+from langchain_aisp.types import Chat
+
+_WORD = re.compile(r"(?:(?<!\w)-(?=\d))?[^\W_]+(?:[.,:'’-][^\W_]+)*")
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_JOINING = frozenset(
+    "a an and are as at be been by for has have in is it its it's of on or that the this to was".split()
+)
+
+
+def told_results(chat: Chat, texts: Sequence[str]) -> list[float]:
+    """Share of what the tools returned that an answer tells: 1 if nothing is left out, 0 if nothing is told.
+
+    A reward as it stands, best in a sum with one that judges how an answer is said:
+    ``WeightedSum([(judge, 1.0), (told_results, 5.0)])``. What was returned are the words and numbers of the tools'
+    messages since the user's last one; of JSON only the values. Words that merely join others (``the``, ``is``) do not
+    count, nor do case and thousands separators. Where no tool has returned anything, every answer gets 1.
+
+    Args:
+        chat: The conversation.
+        texts: n answers.
+
+    Returns:
+        n numbers from 0 to 1.
+    """
+    latest = takewhile(lambda message: message["role"] != "user", reversed(chat))
+    facts = [fact for message in latest if message["role"] == "tool" for fact in _facts(text_of(message))]
+    return [sum(map(said_in((text,)).holds, facts)) / len(facts) if facts else 1.0 for text in texts]
+
+
+def _facts(result: str) -> Iterator[str | Decimal]:
+    """What a result says, word by word, numbers as numbers."""
+    for word in _WORD.findall(_values(result)):
+        digits = word.replace(",", "")
+        if _NUMBER.fullmatch(digits):
+            yield Decimal(digits)
+        elif word.lower() not in _JOINING:
+            yield word
+
+
+def _values(result: str) -> str:
+    """The text of a result; of JSON its values only."""
+    try:
+        return " ".join(_leaves(json.loads(result, parse_float=str)))
+    except ValueError:
+        return result
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """Strings and numbers in what JSON says, however deep."""
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(item)
+    elif value is not None and not isinstance(value, bool):
+        yield str(value)

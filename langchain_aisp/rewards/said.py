@@ -1,0 +1,54 @@
+"""Whether a word, a passage or a number occurs in texts: case, spaces and thousands separators aside."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import lru_cache
+
+from langchain_aisp.rewards.rules import plain
+
+
+@dataclass(frozen=True)
+class Said:
+    """What texts say.
+
+    Attributes:
+        text: All of it, without case and with single spaces.
+        numbers: The numbers in it.
+    """
+
+    text: str
+    numbers: frozenset[Decimal]
+
+    def holds(self, value: str | float | Decimal) -> bool:
+        """Whether a passage or number was said."""
+        return self._holds_text(plain(value)) if isinstance(value, str) else Decimal(str(value)) in self.numbers
+
+    def _holds_text(self, passage: str) -> bool:
+        """Whether the passage occurs, not as a part of a longer word or number."""
+        found = (match.span() for match in re.finditer(re.escape(passage), self.text))
+        return any(not (self._goes_on(start) or self._goes_on(end)) for start, end in found)
+
+    def _goes_on(self, at: int) -> bool:
+        """Whether a word or number goes on across this place; scripts without case have no spaces, or do not tell."""
+        before, after = self.text[max(at - 2, 0) : at], self.text[at : at + 2]
+        beside = before[-1:] + after[:1]
+        within_word = len(beside) == 2 and all(sign.islower() or sign.isdigit() for sign in beside)
+        return within_word or any(map(_PARTED.fullmatch, (before + after[:1], before[-1:] + after)))
+
+
+_PARTED = re.compile(r"\d[.,]\d")
+# A sign that follows a digit is a hyphen, not a minus; commas part groups of three digits.
+_NUMBER = re.compile(r"(?<!\w)-?\d+(?:,\d{3})*(?:\.\d+)?")
+_NUMERALS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+
+
+@lru_cache(maxsize=64)
+def said_in(texts: tuple[str, ...]) -> Said:
+    """What texts say; a wave asks about hundreds of calls in one conversation."""
+    text = "\n".join(map(plain, texts))
+    words = set(re.findall(r"\w+", text))
+    digits = {Decimal(found.replace(",", "")) for found in _NUMBER.findall(text)}
+    return Said(text, frozenset(digits | {Decimal(value) for value, word in enumerate(_NUMERALS) if word in words}))
