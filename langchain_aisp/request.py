@@ -74,6 +74,7 @@ class Request:
         n: How many of the best distinct responses are wanted.
         logprobs: How the log-probabilities of their tokens are told; None if they are not.
         commit_every: Tokens per block when the answer is sent block by block; None when it is sent as a whole.
+        own: The model's own answer, judged, if it has decided of which kind the answer is; it stands for election too.
     """
 
     model_name: str
@@ -88,6 +89,7 @@ class Request:
     n: int
     logprobs: Logprobs | None = None
     commit_every: int | None = None
+    own: Aligned | None = None
 
     def __post_init__(self) -> None:
         """Reject what cannot be sent block by block."""
@@ -127,7 +129,8 @@ class Request:
         if calls and not judges_calls(self.reward):
             return _by_likelihood(alone)
         grammar = self.speech.call_only if calls else self.speech.text_only
-        return replace(self, speech=replace(self.speech, grammar=grammar, may_call=False))
+        own = alone if judges_calls(self.reward) else None
+        return replace(self, speech=replace(self.speech, grammar=grammar, may_call=False), own=own)
 
     @property
     def told_reward(self) -> Reward:
@@ -147,46 +150,38 @@ class Request:
                 yield await aanswered(self._outcome(step), self._adecode) if isinstance(step, Aligned) else step
 
     def _search(self) -> Generator[Iteration | Block | Aligned]:
-        request: Request | Aligned = self
-        own: Aligned | None = None
         if self.undecided:
-            [*_, found] = self.alone._search()
-            assert isinstance(found, Aligned)
-            own, request = found if judges_calls(self.reward) else None, self.decided(found)
-        if isinstance(request, Aligned):
-            yield from request.trace
-            yield request
+            [*_, alone] = self.alone._search()
+            assert isinstance(alone, Aligned)
+            decided = self.decided(alone)
+            yield from decided._search() if isinstance(decided, Request) else _replayed(decided)
             return
-        every, given = self.commit_every, (self.engine, self.told_reward, self.method, request.speech.chat)
-        search = (
-            iterate(*given, **request.settings)
-            if every is None
-            else commit(*given, commit_every=every, **request.settings)
-        )
-        for step in search:
-            yield _beside(own, step) if isinstance(step, Aligned) else step
+        given, every = (self.engine, self.told_reward, self.method, self.speech.chat), self.commit_every
+        settings = self.settings
+        search = iterate(*given, **settings) if every is None else commit(*given, commit_every=every, **settings)
+        with closing(search) as steps:
+            for step in steps:
+                yield _beside(self.own, step) if isinstance(step, Aligned) else step
 
     async def _asearch(self) -> AsyncGenerator[Iteration | Block | Aligned]:
-        request: Request | Aligned = self
-        own: Aligned | None = None
         if self.undecided:
-            [*_, found] = [step async for step in self.alone._asearch()]
-            assert isinstance(found, Aligned)
-            own, request = found if judges_calls(self.reward) else None, self.decided(found)
-        if isinstance(request, Aligned):
-            for now in request.trace:
-                yield now
-            yield request
+            [*_, alone] = [step async for step in self.alone._asearch()]
+            assert isinstance(alone, Aligned)
+            decided = self.decided(alone)
+            if isinstance(decided, Aligned):
+                for now in _replayed(decided):
+                    yield now
+                return
+            async with aclosing(decided._asearch()) as steps:
+                async for step in steps:
+                    yield step
             return
-        every, given = self.commit_every, (self.engine, self.told_reward, self.method, request.speech.chat)
-        search = (
-            aiterate(*given, **request.settings)
-            if every is None
-            else acommit(*given, commit_every=every, **request.settings)
-        )
+        given, every = (self.engine, self.told_reward, self.method, self.speech.chat), self.commit_every
+        settings = self.settings
+        search = aiterate(*given, **settings) if every is None else acommit(*given, commit_every=every, **settings)
         async with aclosing(search) as steps:
             async for step in steps:
-                yield _beside(own, step) if isinstance(step, Aligned) else step
+                yield _beside(self.own, step) if isinstance(step, Aligned) else step
 
     def _outcome(self, aligned: Aligned) -> Generator[Wave, Rollouts, Outcome]:
         """What is told of a search; asks for a wave if the log-probabilities of the answers are wanted."""
@@ -228,6 +223,11 @@ class _AsGiven:
         self, pairs: Sequence[tuple[Chat, Response]], *, loop: asyncio.AbstractEventLoop | None = None
     ) -> Ticket[Tensor]:
         return self.reward.submit([(self.chat, response) for _, response in pairs], loop=loop)
+
+
+def _replayed(found: Aligned) -> tuple[Iteration | Aligned, ...]:
+    """A search that is over, as if it ran."""
+    return (*found.trace, found)
 
 
 def _beside(own: Aligned | None, found: Aligned) -> Aligned:
