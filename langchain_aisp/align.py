@@ -676,13 +676,22 @@ class _Ranking:
             return
         wave = Wave.saying(self._problem.prompt, unknown, self._problem.sampling, {"base_logprobs"})
         rollouts = cast(Rollouts, (yield Check(wave)))
-        require(
-            torch.equal(rollouts.tokens[wave.said], wave.prefix[wave.said]),
-            "this engine draws tokens where it was given some (Wave.forced), so it cannot tell how likely a response "
-            "is; leave out min_base_logprob",
-        )
-        steps = rollouts.observed["base_logprobs"][wave.said].double().split([len(tokens) for tokens in unknown])
-        self._known.update(zip(unknown, (float(each.sum()) for each in steps), strict=True))
+        self._known.update(zip(unknown, said_logprobs(wave, rollouts, unknown), strict=True))
+
+
+def said_logprobs(wave: Wave, rollouts: Rollouts, answers: Sequence[Sequence[int]]) -> list[float]:
+    """Log-probability of each answer, in nats, that a wave of ``Wave.saying`` has said and observed.
+
+    Raises:
+        ValueError: The engine drew tokens instead.
+    """
+    require(
+        torch.equal(rollouts.tokens[wave.said], wave.prefix[wave.said]),
+        "this engine draws tokens where it was given some (Wave.forced), so it cannot tell how likely a response is: "
+        "leave out min_base_logprob, and give tool calls a reward that judges them",
+    )
+    steps = rollouts.observed["base_logprobs"][wave.said].double().split([len(tokens) for tokens in answers])
+    return [float(each.sum()) for each in steps]
 
 
 def _is_within(candidate: Candidate, least: float) -> bool:

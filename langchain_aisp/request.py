@@ -9,6 +9,8 @@ from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass, replace
 from itertools import takewhile
+from operator import attrgetter
+from statistics import mean
 from typing import Any
 
 from langchain_core.exceptions import ModelTimeoutError
@@ -19,12 +21,12 @@ from langchain_core.messages.tool import tool_call_chunk as create_tool_call_chu
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from torch import Tensor
 
-from langchain_aisp.align import Aligned, Budget, Candidate, Iteration, Settings, aiterate, iterate
+from langchain_aisp.align import Aligned, Budget, Candidate, Iteration, Settings, aiterate, iterate, said_logprobs
 from langchain_aisp.calling import UNJUDGED, Speech, compares_kinds, judges_calls
 from langchain_aisp.committing import Block, acommit, check_committing, commit
 from langchain_aisp.logprobs import Entry, Logprobs
 from langchain_aisp.messages import continues_last
-from langchain_aisp.methods import Greedy
+from langchain_aisp.methods import BestOfN, Greedy
 from langchain_aisp.rewards import as_reward
 from langchain_aisp.rewards.partial import is_partial
 from langchain_aisp.types import (
@@ -40,6 +42,9 @@ from langchain_aisp.types import (
     aanswered,
     answered,
 )
+
+CALLS = 16
+"""So many calls are drawn where no reward judges them; the likeliest is made."""
 
 
 @dataclass(frozen=True)
@@ -122,15 +127,27 @@ class Request:
         speech = replace(self.speech, may_call=False)
         return replace(self, reward=reward, method=Greedy(), speech=speech, commit_every=None)
 
-    def decided(self, alone: Aligned) -> Request | Aligned:
-        """The request for the best answer of the kind of the model's own; that itself if it is a call nobody judges."""
+    def decided(self, alone: Aligned) -> Request:
+        """The request for the best answer of the own one's kind, or for the likeliest call if nobody judges calls."""
         response = alone.best.response
-        calls = self.speech.text_only is None or bool(response.tool_calls or response.invalid_tool_calls)
-        if calls and not judges_calls(self.reward):
-            return _by_likelihood(alone)
-        grammar = self.speech.call_only if calls else self.speech.text_only
-        own = alone if judges_calls(self.reward) else None
-        return replace(self, speech=replace(self.speech, grammar=grammar, may_call=False), own=own)
+        if self.speech.text_only is None or response.tool_calls or response.invalid_tool_calls:
+            calls = replace(self.speech, grammar=self.speech.call_only or self.speech.grammar, may_call=False)
+            decided = replace(self, speech=calls, own=alone)
+            return decided if judges_calls(self.reward) else decided.unjudged
+        texts = replace(self.speech, grammar=self.speech.text_only, may_call=False)
+        return replace(self, speech=texts, own=alone if judges_calls(self.reward) else None)
+
+    @property
+    def unjudged(self) -> Request:
+        """Calls as the model would make them, of which ``_ended`` takes the likeliest."""
+        sampling, budget = replace(self.sampling, temperature=1.0), replace(self.budget, target_reward=None)
+        unjudged = replace(self, sampling=sampling, budget=budget, commit_every=None)
+        return replace(unjudged, reward=_LIKELIHOOD, method=BestOfN(CALLS))
+
+    @property
+    def is_unjudged(self) -> bool:
+        """Whether it is the log-probability that chooses among calls: known when all are there, so news come last."""
+        return self.reward is _LIKELIHOOD and self.own is not None
 
     @property
     def told_reward(self) -> Reward:
@@ -153,26 +170,25 @@ class Request:
         if self.undecided:
             [*_, alone] = self.alone._search()
             assert isinstance(alone, Aligned)
-            decided = self.decided(alone)
-            yield from decided._search() if isinstance(decided, Request) else _replayed(decided)
+            yield from self.decided(alone)._search()
             return
         given, every = (self.engine, self.told_reward, self.method, self.speech.chat), self.commit_every
         settings = self.settings
         search = iterate(*given, **settings) if every is None else commit(*given, commit_every=every, **settings)
         with closing(search) as steps:
             for step in steps:
-                yield _beside(self.own, step) if isinstance(step, Aligned) else step
+                if isinstance(step, Aligned):
+                    found = answered(self._ended(step), self._decode)
+                    yield from found.trace if self.is_unjudged else ()
+                    yield found
+                elif not self.is_unjudged:
+                    yield step
 
     async def _asearch(self) -> AsyncGenerator[Iteration | Block | Aligned]:
         if self.undecided:
             [*_, alone] = [step async for step in self.alone._asearch()]
             assert isinstance(alone, Aligned)
-            decided = self.decided(alone)
-            if isinstance(decided, Aligned):
-                for now in _replayed(decided):
-                    yield now
-                return
-            async with aclosing(decided._asearch()) as steps:
+            async with aclosing(self.decided(alone)._asearch()) as steps:
                 async for step in steps:
                     yield step
             return
@@ -181,7 +197,34 @@ class Request:
         search = aiterate(*given, **settings) if every is None else acommit(*given, commit_every=every, **settings)
         async with aclosing(search) as steps:
             async for step in steps:
-                yield _beside(self.own, step) if isinstance(step, Aligned) else step
+                if isinstance(step, Aligned):
+                    found = await aanswered(self._ended(step), self._adecode)
+                    for now in found.trace if self.is_unjudged else ():
+                        yield now
+                    yield found
+                elif not self.is_unjudged:
+                    yield step
+
+    def _ended(self, found: Aligned) -> Generator[Wave, Rollouts, Aligned]:
+        """The outcome of the search, with the model's own answer among the candidates, before others of its reward.
+
+        Calls that nobody judges stand in the order in which the model by itself finds them likely: what the grammar
+        left out counts, so a call that it would rather have made otherwise is unlikely. Asks for a wave then.
+        """
+        if self.own is None:
+            return found
+        found = _beside(self.own, found)
+        candidates = found.distinct if self.budget.min_base_logprob is None else found.feasible
+        calls = [each for each in candidates if each.response.complete] or candidates[:1]
+        tokens = [each.tokens for each in calls]
+        if not self.is_unjudged or not any(tokens):
+            return found
+        wave = Wave.saying(found.prompt, tokens, replace(self.sampling, grammar=None), {"base_logprobs"})
+        logprobs = said_logprobs(wave, (yield wave), tokens)
+        judged = [replace(each, reward=nats) for each, nats in zip(calls, logprobs, strict=True)]
+        ranked = tuple(sorted(judged, key=attrgetter("rank")))
+        now = replace(found.trace[-1], best=ranked[0].reward, mean=mean(logprobs), response=ranked[0].response)
+        return replace(found, candidates=ranked, trace=(now,))
 
     def _outcome(self, aligned: Aligned) -> Generator[Wave, Rollouts, Outcome]:
         """What is told of a search; asks for a wave if the log-probabilities of the answers are wanted."""
@@ -225,27 +268,14 @@ class _AsGiven:
         return self.reward.submit([(self.chat, response) for _, response in pairs], loop=loop)
 
 
-def _replayed(found: Aligned) -> tuple[Iteration | Aligned, ...]:
-    """A search that is over, as if it ran."""
-    return (*found.trace, found)
-
-
-def _beside(own: Aligned | None, found: Aligned) -> Aligned:
-    """The outcome of a search with the model's own answer among the candidates, before others as good as it is."""
-    if own is None or own.stopped == "infeasible":
+def _beside(own: Aligned, found: Aligned) -> Aligned:
+    """The outcome of a search with another answer among the candidates, before others of its reward."""
+    if own.stopped == "infeasible":
         return found
     if found.stopped == "infeasible":
         return replace(found, candidates=(own.best, *found.candidates), stopped=own.stopped)
     better = sum(1 for _ in takewhile(lambda each: each.rank < own.best.rank, found.candidates))
     return replace(found, candidates=(*found.candidates[:better], own.best, *found.candidates[better:]))
-
-
-def _by_likelihood(alone: Aligned) -> Aligned:
-    """The model's own answer with its log-probability for a reward."""
-    [now], [candidate] = alone.trace, alone.candidates
-    logprob = now.info["base_logprob"]
-    trace = (replace(now, best=logprob, mean=logprob),)
-    return replace(alone, candidates=(replace(candidate, reward=logprob),), trace=trace)
 
 
 def _indifferent(chat: Chat, responses: Sequence[Response]) -> list[float]:

@@ -1,8 +1,8 @@
 """Rebuilds the demo's tokenizer, language model and reward model from nothing: `python -m training.build`.
 
-Three courses: the first teaches both models the shop's conversations; the second teaches the language model to call
-tools, and shows the reward model what a search against it finds and how answers follow tools; in the third the language
-model practises harder calls. Each starts from what the one before has saved, so each can be run alone.
+Two courses: the first teaches both models the shop's conversations; the second teaches the language model to call
+tools, and shows the reward model what a search against it finds and how answers follow tools. The second starts from
+the first one's saved pair, so either can be run alone.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(1)  # the cores are shared out by the optimiser, one half of each batch per core
     RESULTS.mkdir(exist_ok=True)
-    for number, course in enumerate((first_course, second_course, third_course), 1):
+    for number, course in enumerate((first_course, second_course), 1):
         if options.course in (None, number):
             torch.manual_seed(options.seed)
             started, cpu = time.monotonic(), time.process_time()
@@ -89,16 +89,6 @@ def second_course(options: argparse.Namespace) -> dict[str, object]:
     return {**steps, **_losses(writer_losses, judge_losses)}
 
 
-def third_course(options: argparse.Namespace) -> dict[str, object]:
-    """More tools at hand, calls in parallel, unknown towns: for the language model of the second course."""
-    tokenizer = AutoTokenizer.from_pretrained(LANGUAGE_MODEL_PATH)
-    writer = AutoModelForCausalLM.from_pretrained(LANGUAGE_MODEL_PATH, dtype=torch.float32)
-    recipe = Recipe(steps=options.practice_steps, seed=options.seed + 1)
-    losses, rows = language_model.teach_tools(writer.train(), tokenizer, recipe, language_model.HARDER_LESSONS)
-    save(writer, tokenizer, LANGUAGE_MODEL_PATH)
-    return {"practice_steps": options.practice_steps, "language_rows": rows, **_losses(losses, [])}
-
-
 def _losses(writer: Sequence[float], judge: Sequence[float]) -> dict[str, list[float]]:
     return {
         f"{name}_losses": [round(loss, 4) for loss in found]
@@ -128,8 +118,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--reward-steps", type=int, default=1500)
     parser.add_argument("--tool-steps", type=int, default=4400)
     parser.add_argument("--further-steps", type=int, default=1000)
-    parser.add_argument("--practice-steps", type=int, default=1400)
-    parser.add_argument("--course", type=int, choices=(1, 2, 3), help="only this one; default all")
+    parser.add_argument("--course", type=int, choices=(1, 2), help="only this one; default both")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

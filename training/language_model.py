@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from random import Random
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as functional
@@ -22,20 +21,11 @@ from training.rows import Batch, Encoder, Row
 ANSWERS = 4  # per conversation
 SMALL_TALK = 0.08
 ECHO = 0.04
+TOOL_LESSONS = 12_000  # the first rows of the second course mostly teach to read requests, see `tools.lessons`
+KNOWN, DIALOGUES = 0.3, 0.05  # shares then: conversations without tools, whole dialogues with them
+LATE_KNOWN, LATE_DIALOGUES = 0.5, 0.35  # and afterwards
 EARLY, LESSONS = 50_000, 0.5  # the first conversations teach to read, half of them by lessons: see `_lesson`
 EARLY_GOOD, LATE_GOOD = 0.8, 0.44  # what the model then writes well is a little rarer than what it reads
-
-
-class Shares(NamedTuple):
-    """Shares of the rows that teach tools; the rest are lessons, see `tools.lessons`."""
-
-    known: float  # conversations without tools
-    dialogues: float  # whole ones with tools
-
-
-LESSONS_FIRST = ((12_000, Shares(0.3, 0.05)), (None, Shares(0.5, 0.35)))  # number of rows, all others
-HARDER_LESSONS = ((None, Shares(0.4, 0.15)),)
-Plan = Sequence[tuple[int | None, Shares]]
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
@@ -122,30 +112,24 @@ def train(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> tuple[LlamaForC
     return model, _fit(model, encoder, rows, recipe, rate=4e-3), next(drawn)
 
 
-def teach_tools(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, plan: Plan = LESSONS_FIRST
-) -> tuple[list[float], int]:
+def teach_tools(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> tuple[list[float], int]:
     """Trains a model on dialogues with tools, and on further conversations; returns losses and number of the latter."""
     encoder, rng, drawn = Encoder(tokenizer), Random(f"tools/{recipe.seed}"), count()
     further = zip(further_dialogues(recipe.seed), drawn, strict=False)
     known = (encoder.written(*dialogue) for dialogue, _ in further)
-    lessons = tools.lessons(encoder, rng, harder=plan is HARDER_LESSONS)
-    rows = _mixed(plan, known, tools.written(encoder, rng), lessons, rng)
+    rows = _mixed(known, tools.written(encoder, rng), tools.lessons(encoder, rng), rng)
     return _fit(model, encoder, rows, recipe, rate=2e-3), next(drawn)
 
 
-def _mixed(
-    plan: Plan, known: Iterator[Row], dialogues: Iterator[Row], lessons: Iterator[Row], rng: Random
-) -> Iterator[Row]:
-    for rows, shares in plan:
-        for _ in count() if rows is None else range(rows):
-            draw = rng.random()
-            if draw < shares.known:
-                yield next(known)
-            elif draw > 1 - shares.dialogues:
-                yield next(dialogues)
-            else:
-                yield next(lessons)
+def _mixed(known: Iterator[Row], dialogues: Iterator[Row], lessons: Iterator[Row], rng: Random) -> Iterator[Row]:
+    for index in count():
+        early, draw = index < TOOL_LESSONS, rng.random()
+        if draw < (KNOWN if early else LATE_KNOWN):
+            yield next(known)
+        elif draw > 1 - (DIALOGUES if early else LATE_DIALOGUES):
+            yield next(dialogues)
+        else:
+            yield next(lessons)
 
 
 def further_dialogues(seed: int) -> Iterator[Dialogue]:

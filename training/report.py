@@ -22,11 +22,6 @@ from training.sampling import sample
 
 DOCS = Path(__file__).parent.parent / "docs" / "demo_models.md"
 MARKER = "<!-- measured by training/report.py, do not edit below -->"
-COURSES = {  # and their conversations without tools
-    "first_course": language_model.dialogues,
-    "second_course": language_model.further_dialogues,
-    "third_course": lambda seed: language_model.further_dialogues(seed + 1),
-}
 PROMPTS, SAMPLES, SMALL = 12, 512, 64
 PAIRS = 400
 SHOWN = ("My parcel is late", "Hello, I am Maya. Order 48213 arrived broken!", "Hello", "What is your name?")
@@ -59,7 +54,7 @@ def main() -> None:
     """Measures everything, prints and writes it."""
     torch.manual_seed(0)
     models = Models()
-    courses = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in COURSES}
+    courses = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in ("first_course", "second_course")}
     plain = Plain(models)
     report = {
         "sizes": sizes(models),
@@ -95,7 +90,6 @@ def losses(models: Models, courses: Mapping[str, Mapping[str, list[float]]]) -> 
         f"{course}: {name}": statistics.mean(made[f"{name}_losses"][-20:])
         for course, made in courses.items()
         for name in ("language", "reward")
-        if made[f"{name}_losses"]
     }
     for split in ("train", "dev", "test"):
         cases = scenarios(split, 64, seed=77)
@@ -192,8 +186,9 @@ class Plain:
 
 def training_answers(courses: Mapping[str, Mapping[str, int]]) -> set[str]:
     """All answers to conversations without tools that the language model was trained on."""
+    streams = {"first_course": language_model.dialogues, "second_course": language_model.further_dialogues}
     dialogues = chain.from_iterable(
-        islice(stream(courses[name]["seed"]), courses[name]["language_rows"]) for name, stream in COURSES.items()
+        islice(stream(courses[name]["seed"]), courses[name]["language_rows"]) for name, stream in streams.items()
     )
     return {answer for _, answers in dialogues for answer in answers}
 

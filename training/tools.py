@@ -32,10 +32,10 @@ def written(encoder: Encoder, rng: Random) -> Iterator[Row]:
         yield encoder.written(made.answered, answers, made.schemas)
 
 
-def lessons(encoder: Encoder, rng: Random, *, harder: bool = False) -> Iterator[Row]:
+def lessons(encoder: Encoder, rng: Random) -> Iterator[Row]:
     """Endless rows of short dialogues: whom to call, what to copy, what to tell of the result, and little else."""
     while True:
-        made = tool_dialogues.lessons("train", rng, LESSONS, harder=harder)
+        made = tool_dialogues.lessons("train", rng, LESSONS)
         yield encoder.dialogues(made, made[0].schemas)
 
 

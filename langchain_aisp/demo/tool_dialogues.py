@@ -114,24 +114,19 @@ def tool_dialogue(split: str, rng: Random, kind: str | None = None) -> ToolDialo
     )
 
 
-def lessons(split: str, rng: Random, count: int, *, harder: bool = False) -> list[ToolDialogue]:
-    """Writes `count` dialogues with the same tools at hand, each of one short request: what has to be read, no more.
-
-    The harder ones have more tools, calls in parallel, and towns that nobody knows.
-    """
-    made_up = _among(_tool(split, rng), split, rng, odds=(1, 3, 5, 5) if harder else (1, 3, 3, 2))
+def lessons(split: str, rng: Random, count: int) -> list[ToolDialogue]:
+    """Writes `count` dialogues with the same tools at hand, each of one short request: what has to be read, no more."""
+    made_up = _among(_tool(split, rng), split, rng, odds=(1, 3, 3, 2))
     asked: list[Tool | Service] = [*made_up, *(service for service in SERVICES if rng.random() < 0.25)]
     tools = tuple(each.tool if isinstance(each, Service) else each for each in rng.sample(asked, len(asked)))
-    dialogues = (_with(rng.choice(asked), split, rng, harder) for _ in range(count))
+    dialogues = (_with(rng.choice(asked), split, rng) for _ in range(count))
     return [replace(made, tools=tools, messages=made.messages[-1:]) for made in dialogues]
 
 
-def _with(asked: Tool | Service, split: str, rng: Random, harder: bool = False) -> ToolDialogue:
+def _with(asked: Tool | Service, split: str, rng: Random) -> ToolDialogue:
     """A dialogue in which this tool is needed."""
     if isinstance(asked, Service):
-        return _at_the_shop(asked, split, rng, harder)
-    if harder and len(asked.arguments) == 1 and rng.random() < 0.4:
-        return _twice(asked, split, rng)
+        return _at_the_shop(asked, split, rng)
     return _about(asked, (_arguments(asked, split, rng),), split, rng)
 
 
@@ -145,11 +140,7 @@ def _made_up(split: str, rng: Random) -> ToolDialogue:
 
 def _parallel(split: str, rng: Random) -> ToolDialogue:
     """Two questions at once to one tool with one argument."""
-    return _twice(next(made for made in iter(lambda: _tool(split, rng), None) if len(made.arguments) == 1), split, rng)
-
-
-def _twice(asked: Tool, split: str, rng: Random) -> ToolDialogue:
-    """A question with two values for one argument."""
+    asked = next(made for made in iter(lambda: _tool(split, rng), None) if len(made.arguments) == 1)
     first, second = _arguments(asked, split, rng), _arguments(asked, split, rng)
     return _about(asked, (first, second) if first != second else (first,), split, rng)
 
@@ -322,11 +313,8 @@ def _failed(split: str, rng: Random) -> ToolDialogue:
     return _at_the_shop(replace(rng.choice(SERVICES[:2]), returns=ERRORS, tells=FAILURES, shown=()), split, rng)
 
 
-def _at_the_shop(asked: Service, split: str, rng: Random, harder: bool = False) -> ToolDialogue:
+def _at_the_shop(asked: Service, split: str, rng: Random) -> ToolDialogue:
     slots, others = _slots(split, rng), _slots(split, rng)
-    if harder and rng.random() < 0.7:
-        town = rng.choice((made_up(rng).capitalize(), place(split, rng)))
-        slots["state"] = f"{rng.choice(AWAY)} {town}"
     usual = next(service for service in SERVICES if service.tool is asked.tool)
     false = {**slots, **{key: others[key] for key in usual.shown}}
     name = rng.choice(values_of(split, CUSTOMERS))

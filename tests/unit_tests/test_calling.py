@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from pydantic.v1 import BaseModel as BaseModelV1
 
 from langchain_aisp import AISP, AISPChatModel, BestOfN, as_reward
-from langchain_aisp.calling import plan
+from langchain_aisp.calling import format_tools, plan
 from langchain_aisp.engine import TransformersEngine
 from langchain_aisp.tools import format_for
 from tests import matching, tiny
@@ -133,7 +133,22 @@ def test_a_reward_of_texts_leaves_calls_to_the_model_and_says_so(hermes):
     message = model(hermes).bind_tools([look_up], tool_choice="any").invoke("Hello")
     assert message.response_metadata["reward_name"] == "base log-probability"
     assert message.response_metadata["reward"] < 0
-    assert message.response_metadata["samples"] == 1
+    assert message.response_metadata["samples"] == 16
+    [now] = message.response_metadata["trace"]
+    assert now["best"] == message.response_metadata["reward"]
+
+
+def test_of_calls_that_nobody_judges_the_likeliest_is_made(hermes):
+    """By the model's own log-probability, what the grammar left out included: as ``logprobs`` tells of all but the end."""
+    options = {"tools": format_tools([look_up], None), "tool_choice": "any", "logprobs": True}
+    [found] = model(hermes, n=4).generate([[HumanMessage("Hello")]], **options).generations
+    metadata = [each.message.response_metadata for each in found]
+    rewards = [each["reward"] for each in metadata]
+    told = [sum(token["logprob"] for token in each["logprobs"]["content"]) for each in metadata]
+    for reward, without_end in zip(rewards, told, strict=True):
+        assert 0 < without_end - reward < 10
+    assert rewards == sorted(rewards, reverse=True)
+    assert len(set(rewards)) == 4
 
 
 def test_where_the_model_prefers_a_text_the_search_is_among_texts(hermes):
