@@ -274,10 +274,11 @@ class AISPChatModel(BaseChatModel):
         """Let the model call tools; every call it makes follows the tool's schema.
 
         A reward that sees texts only cannot judge a call. Then the model's own likeliest answer decides whether this
-        turn is a call; a call is returned with its log-probability for a reward (``reward_name`` says so), and for a
-        text the search goes on among texts. A reward that sees responses judges both: ``GroundedCalls``,
-        ``CompleteCalls``, and those made by ``as_call_reward(fn)`` and ``as_reward(fn, sees="response")``. Where texts
-        have a reward of their own (``text=``), the model decides the kind, and the search goes on among that kind.
+        turn is a call. For a text the search goes on among texts; a call is the likeliest of some, with its
+        log-probability for a reward (``reward_name`` says so). A reward that sees responses judges both:
+        ``GroundedCalls``, ``CompleteCalls``, and those made by ``as_call_reward(fn)`` and
+        ``as_reward(fn, sees="response")``. Where texts have a reward of their own (``text=``), the model decides the
+        kind, and the search goes on among that kind.
 
         Args:
             tools: Functions, Pydantic classes, LangChain tools or schemas; none unbinds nothing and binds nothing.

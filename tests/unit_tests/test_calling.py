@@ -139,7 +139,7 @@ def test_a_reward_of_texts_leaves_calls_to_the_model_and_says_so(hermes):
 
 
 def test_of_calls_that_nobody_judges_the_likeliest_is_made(hermes):
-    """By the model's own log-probability, what the grammar left out included: as ``logprobs`` tells of all but the end."""
+    """By the model's own log-probability, what the grammar left out included; ``logprobs`` tells of all but the end."""
     options = {"tools": format_tools([look_up], None), "tool_choice": "any", "logprobs": True}
     [found] = model(hermes, n=4).generate([[HumanMessage("Hello")]], **options).generations
     metadata = [each.message.response_metadata for each in found]
