@@ -11,9 +11,9 @@ from langchain_aisp import AISP, AISPChatModel, BestOfN
 from langchain_aisp.cli import app
 from langchain_aisp.demo import LANGUAGE_MODEL_PATH, scenarios
 
-CUSTOMERS = [list(customer.messages) for customer in scenarios("test", 16)]
+CUSTOMERS = [list(customer.messages) for customer in scenarios("test", 8)]
 EXPORT = "export-preferences --method aisp:iterations=3 --samples 12 --max-tokens 72 --limit 24 --pairs 3 --out"
-SHORT = {"learning_rate": 2e-3, "num_train_epochs": 2, "per_device_train_batch_size": 8}
+SHORT = {"learning_rate": 2e-3, "num_train_epochs": 2, "per_device_train_batch_size": 8, "max_length": 384}
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
 
 

@@ -564,7 +564,7 @@ def test_an_engine_that_cannot_say_given_tokens_is_named() -> None:
         def decode(self, wave: Wave, *rest: Any) -> Rollouts:
             return super().decode(replace(wave, forced=False), *rest)
 
-    with pytest.raises(ValueError, match="cannot tell how likely a response is; leave out min_base_logprob"):
+    with pytest.raises(ValueError, match="cannot tell how likely a response is: leave out min_base_logprob"):
         toy_search(BestOfN(samples=8), -5.0, Drawing())
 
 
