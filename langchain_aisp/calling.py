@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Literal, cast, get_args
@@ -232,11 +232,18 @@ def _choice(choice: Any, specs: Sequence[ToolSpec]) -> str:
 
 def judges_calls(reward: Reward) -> bool:
     """Whether a reward says that it understands tool calls: it sees whole responses, or all its parts do."""
-    parts: Sequence[Reward] = getattr(reward, "rewards", ())
-    return all(map(judges_calls, parts)) if parts else getattr(reward, "sees", "text") == "response"
+    return all(getattr(part, "sees", "text") == "response" for part in _parts(reward))
 
 
 def compares_kinds(reward: Reward) -> bool:
     """Whether a reward's scores of calls and of texts mean the same; if not, the model decides which it is."""
+    return all(getattr(part, "compares_kinds", True) for part in _parts(reward))
+
+
+def _parts(reward: Reward) -> Iterator[Reward]:
+    """The rewards that a combination is made of, however deep; of any other reward itself."""
     parts: Sequence[Reward] = getattr(reward, "rewards", ())
-    return all(map(compares_kinds, parts)) if parts else getattr(reward, "compares_kinds", True)
+    for part in parts:
+        yield from _parts(part)
+    if not parts:
+        yield reward

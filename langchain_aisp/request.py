@@ -214,10 +214,12 @@ class Request:
         if self.own is None:
             return found
         found = _beside(self.own, found)
-        candidates = found.distinct if self.budget.min_base_logprob is None else found.feasible
+        if not self.is_unjudged:
+            return found
+        candidates = found.feasible
         calls = [each for each in candidates if each.response.complete] or candidates[:1]
         tokens = [each.tokens for each in calls]
-        if not self.is_unjudged or not any(tokens):
+        if not any(tokens):
             return found
         wave = Wave.saying(found.prompt, tokens, replace(self.sampling, grammar=None), {"base_logprobs"})
         logprobs = said_logprobs(wave, (yield wave), tokens)

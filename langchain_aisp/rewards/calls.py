@@ -28,8 +28,7 @@ from langchain_aisp.rewards.callable import (
 )
 from langchain_aisp.rewards.fingerprint import digest, stable_fingerprint
 from langchain_aisp.rewards.foreign import text_of
-from langchain_aisp.rewards.rules import plain
-from langchain_aisp.rewards.said import said_in
+from langchain_aisp.rewards.said import said_in, values_in
 from langchain_aisp.types import Chat, Response, Reward, Ticket, aanswered, answered, require
 
 CallFunction: TypeAlias = Callable[[Any, str, dict[str, Any]], float | Awaitable[float]]
@@ -225,7 +224,7 @@ class CompleteCalls(CallReward):
 def grounded_share(chat: Chat, name: str, args: Mapping[str, Any]) -> float:
     """Share of the strings and numbers in ``args`` that occur in the conversation, see ``GroundedCalls``."""
     said = said_in(tuple(text_of(message) for message in chat))
-    values = list(_values(args))
+    values = list(values_in(args))
     return sum(map(said.holds, values)) / len(values) if values else 1.0
 
 
@@ -251,15 +250,6 @@ class _Form:
     name: str
     properties: tuple[str, ...]
     required: tuple[str, ...]
-
-
-def _values(value: Any) -> Iterator[str | float]:
-    """Strings and numbers in a value, however deep."""
-    if isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _values(item)
-    elif (isinstance(value, str) and plain(value)) or type(value) in (int, float):  # a truth value is an int, too
-        yield value
 
 
 def _is_filled(value: Any) -> bool:

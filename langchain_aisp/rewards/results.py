@@ -7,14 +7,12 @@ import re
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from itertools import takewhile
-from typing import Any
 
 from langchain_aisp.rewards.foreign import text_of
-from langchain_aisp.rewards.said import said_in
+from langchain_aisp.rewards.said import number_in, said_in, values_in
 from langchain_aisp.types import Chat
 
 _WORD = re.compile(r"(?:(?<!\w)-(?=\d))?[^\W_]+(?:[.,:'’-][^\W_]+)*")
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _JOINING = frozenset(
     "a an and are as at be been by for has have in is it its it's of on or that the this to was".split()
 )
@@ -42,26 +40,17 @@ def told_results(chat: Chat, texts: Sequence[str]) -> list[float]:
 
 def _facts(result: str) -> Iterator[str | Decimal]:
     """What a result says, word by word, numbers as numbers."""
-    for word in _WORD.findall(_values(result)):
-        digits = word.replace(",", "")
-        if _NUMBER.fullmatch(digits):
-            yield Decimal(digits)
+    for word in _WORD.findall(_said_by(result)):
+        number = number_in(word)
+        if number is not None:
+            yield number
         elif word.lower() not in _JOINING:
             yield word
 
 
-def _values(result: str) -> str:
+def _said_by(result: str) -> str:
     """The text of a result; of JSON its values only."""
     try:
-        return " ".join(_leaves(json.loads(result, parse_float=str)))
+        return " ".join(map(str, values_in(json.loads(result, parse_float=str))))
     except ValueError:
         return result
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    """Strings and numbers in what JSON says, however deep."""
-    if isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(item)
-    elif value is not None and not isinstance(value, bool):
-        yield str(value)

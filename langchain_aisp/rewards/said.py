@@ -1,11 +1,13 @@
-"""Whether a word, a passage or a number occurs in texts: case, spaces and thousands separators aside."""
+"""Whether words, passages or numbers occur in texts: case, spaces and thousands separators aside."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
+from typing import Any
 
 from langchain_aisp.rewards.rules import plain
 
@@ -52,3 +54,17 @@ def said_in(texts: tuple[str, ...]) -> Said:
     words = set(re.findall(r"\w+", text))
     digits = {Decimal(found.replace(",", "")) for found in _NUMBER.findall(text)}
     return Said(text, frozenset(digits | {Decimal(value) for value, word in enumerate(_NUMERALS) if word in words}))
+
+
+def number_in(word: str) -> Decimal | None:
+    """The number that a word is, as numbers are looked for in texts; None if it is none."""
+    return Decimal(word.replace(",", "")) if _NUMBER.fullmatch(word) else None
+
+
+def values_in(value: Any) -> Iterator[str | float]:
+    """The strings and numbers in a value, however deep; truth values, null and blank strings are left out."""
+    if isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from values_in(item)
+    elif (isinstance(value, str) and plain(value)) or type(value) in (int, float):  # a truth value is an int, too
+        yield value

@@ -24,6 +24,7 @@ def returned(*results: str, before: Chat = ()) -> Chat:
         ("near OSLO", "It is Near oslo!", 1.0),
         ("near Oslo", "It is near Oslofjord.", 0.5),
         ("1,204.50", "You get 1204.5 euros.", 1.0),
+        ("1,5", "It is 1,5 metres.", 1.0),
         ("-3", "It is -3 degrees.", 1.0),
         ("-3", "It is 3 degrees.", 0.0),
         ("booked for 14:30", "It is booked for 14:30.", 1.0),
