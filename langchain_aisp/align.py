@@ -688,7 +688,7 @@ def said_logprobs(wave: Wave, rollouts: Rollouts, answers: Sequence[Sequence[int
     require(
         torch.equal(rollouts.tokens[wave.said], wave.prefix[wave.said]),
         "this engine draws tokens where it was given some (Wave.forced), so it cannot tell how likely a response is: "
-        "leave out min_base_logprob, and give tool calls a reward that judges them",
+        "leave out min_base_logprob, and let no tool be called",
     )
     steps = rollouts.observed["base_logprobs"][wave.said].double().split([len(tokens) for tokens in answers])
     return [float(each.sum()) for each in steps]

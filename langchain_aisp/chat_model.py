@@ -276,7 +276,7 @@ class AISPChatModel(BaseChatModel):
         A reward that sees texts only cannot judge a call. Then the model's own likeliest answer decides whether this
         turn is a call. For a text the search goes on among texts; a call is the likeliest of some, with its
         log-probability for a reward (``reward_name`` says so). A reward that sees responses judges both:
-        ``GroundedCalls``, ``CompleteCalls``, and those made by ``as_call_reward(fn)`` and
+        ``GroundedCalls``, ``CoveringCalls``, ``CompleteCalls``, and those made by ``as_call_reward(fn)`` and
         ``as_reward(fn, sees="response")``. Where texts have a reward of their own (``text=``), the model decides the
         kind, and the search goes on among that kind.
 

@@ -208,25 +208,32 @@ class Request:
     def _ended(self, found: Aligned) -> Generator[Wave, Rollouts, Aligned]:
         """The outcome of the search, with the model's own answer among the candidates, before others of its reward.
 
-        Calls that nobody judges stand in the order in which the model by itself finds them likely: what the grammar
-        left out counts, so a call that it would rather have made otherwise is unlikely. Asks for a wave then.
+        Of equally good calls, which are all if nobody judges them, the first is the one that the model by itself finds
+        likeliest. What the grammar left out counts, so a call that it would rather have made otherwise is unlikely.
+        Asks for a wave then.
         """
-        if self.own is None:
+        found = found if self.own is None else _beside(self.own, found)
+        calls = self._equal_calls(found)
+        if len(calls) < 2 and not (calls and self.is_unjudged):
             return found
-        found = _beside(self.own, found)
-        if not self.is_unjudged:
-            return found
-        candidates = found.feasible
-        calls = [each for each in candidates if each.response.complete] or candidates[:1]
         tokens = [each.tokens for each in calls]
-        if not any(tokens):
-            return found
         wave = Wave.saying(found.prompt, tokens, replace(self.sampling, grammar=None), {"base_logprobs"})
         logprobs = said_logprobs(wave, (yield wave), tokens)
+        if not self.is_unjudged:
+            likeliest = calls[max(range(len(calls)), key=logprobs.__getitem__)]
+            return replace(found, candidates=(likeliest, *(each for each in found.candidates if each is not likeliest)))
         judged = [replace(each, reward=nats) for each, nats in zip(calls, logprobs, strict=True)]
         ranked = tuple(sorted(judged, key=attrgetter("rank")))
         now = replace(found.trace[-1], best=ranked[0].reward, mean=mean(logprobs), response=ranked[0].response)
         return replace(found, candidates=ranked, trace=(now,))
+
+    def _equal_calls(self, found: Aligned) -> list[Candidate]:
+        """The best calls; none if the answer is a text, or is being sent already."""
+        best = found.best
+        if not best.tokens or self.commit_every is not None or not (self.is_unjudged or best.response.tool_calls):
+            return []
+        good = [each for each in found.feasible if each.response.complete and each.reward == best.reward]
+        return good or [best]
 
     def _outcome(self, aligned: Aligned) -> Generator[Wave, Rollouts, Outcome]:
         """What is told of a search; asks for a wave if the log-probabilities of the answers are wanted."""

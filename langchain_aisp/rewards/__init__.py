@@ -2,7 +2,7 @@
 
 from langchain_aisp.rewards.base import RewardError, check_scores
 from langchain_aisp.rewards.callable import CallableReward, as_reward
-from langchain_aisp.rewards.calls import CallReward, CompleteCalls, GroundedCalls, as_call_reward
+from langchain_aisp.rewards.calls import CallReward, CompleteCalls, CoveringCalls, GroundedCalls, as_call_reward
 from langchain_aisp.rewards.classifier import ClassifierReward
 from langchain_aisp.rewards.combinations import WeightedSum
 from langchain_aisp.rewards.embedding import EmbeddingReward
@@ -28,6 +28,7 @@ __all__ = [
     "CallableReward",
     "ClassifierReward",
     "CompleteCalls",
+    "CoveringCalls",
     "EmbeddingReward",
     "EnsembleReward",
     "GroundedCalls",

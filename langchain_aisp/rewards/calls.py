@@ -1,4 +1,4 @@
-"""Rewards of tool calls: whether their arguments were said, whether they are complete, or what a function thinks."""
+"""Rewards of tool calls: is what they pass on said, is what was said passed on, are they complete, or any function."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, 
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Any, TypeAlias, cast
 
 from torch import Tensor
@@ -28,7 +29,7 @@ from langchain_aisp.rewards.callable import (
 )
 from langchain_aisp.rewards.fingerprint import digest, stable_fingerprint
 from langchain_aisp.rewards.foreign import text_of
-from langchain_aisp.rewards.said import said_in, values_in
+from langchain_aisp.rewards.said import said_in, spelled_out, values_in
 from langchain_aisp.types import Chat, Response, Reward, Ticket, aanswered, answered, require
 
 CallFunction: TypeAlias = Callable[[Any, str, dict[str, Any]], float | Awaitable[float]]
@@ -67,18 +68,60 @@ def as_call_reward(
     return CallReward(function, text=text, invalid=invalid, name=name, timeout=timeout, fingerprint=fingerprint)
 
 
-class CallReward:
-    """A function of a tool call as a reward of whole responses; made by ``as_call_reward``.
+class _CallsOrTexts:
+    """One reward of answers that call something and one of those that do not.
 
     Attributes:
-        function: Scores one call.
         text: Judges answers without calls.
-        invalid: The score of a call that cannot be read.
         compares_kinds: Whether the scores of calls and of texts mean the same: a number for all texts is chosen to.
         sees: What the reward reads; says to the chat model that it judges calls.
     """
 
     sees: Sees = "response"
+
+    def __init__(self, calls: CallableReward, text: float | Any) -> None:
+        """Judge calls by one reward, texts by a number, a reward or a function."""
+        self.compares_kinds = isinstance(text, int | float)
+        self.text: Reward = _always(text) if isinstance(text, int | float) else as_reward(text)
+        self._calls = calls
+
+    @property
+    def name(self) -> str:
+        """For error messages."""
+        return self._calls.name
+
+    @property
+    def fingerprint(self) -> str:
+        """Of both rewards."""
+        return digest("calls", self._calls.fingerprint, self.text.fingerprint)
+
+    def submit(
+        self, pairs: Sequence[tuple[Chat, Response]], *, loop: AbstractEventLoop | None = None
+    ) -> Ticket[Tensor]:
+        """Start scoring, calls by what judges these and texts by ``text``.
+
+        Args:
+            pairs: Conversations and candidates; one with calls is judged by these alone, whatever it says besides.
+            loop: The caller's running loop, on which an async function runs.
+
+        Returns:
+            A ticket for [len(pairs)] float32. Its errors are ``RewardError``.
+        """
+        calling = [row for row, (_, response) in enumerate(pairs) if _calls_something(response)]
+        silent = sorted(set(range(len(pairs))) - set(calling))
+        shares = [(rows, judge) for rows, judge in ((calling, self._calls), (silent, self.text)) if rows]
+        futures = [judge.submit([pairs[row] for row in rows], loop=loop).future for rows, judge in shares]
+        return gather(futures, lambda scores: scatter(scores, [rows for rows, _ in shares], len(pairs)))
+
+
+class CallReward(_CallsOrTexts):
+    """A function of a tool call as a reward of whole responses; made by ``as_call_reward``.
+
+    Attributes:
+        function: Scores one call.
+        invalid: The score of a call that cannot be read.
+        text: Judges answers without calls.
+    """
 
     def __init__(
         self,
@@ -96,39 +139,14 @@ class CallReward:
         require(math.isfinite(invalid), f"invalid must be a finite number, got {invalid}; it is a low score")
         self.function = function
         self.invalid = float(invalid)
-        self.compares_kinds = isinstance(text, int | float)
-        self.text: Reward = _always(text) if isinstance(text, int | float) else as_reward(text)
         scores = self._scores_async if is_async(function) else self._scores
         identity = fingerprint or stable_fingerprint(function)
-        self._calls = CallableReward(scores, own_name, timeout, "response", identity)
-
-    @property
-    def name(self) -> str:
-        """For error messages."""
-        return self._calls.name
+        super().__init__(CallableReward(scores, own_name, timeout, "response", identity), text)
 
     @property
     def fingerprint(self) -> str:
         """From the function's, the reward of texts and the score of invalid calls."""
-        return digest("calls", self._calls.fingerprint, self.text.fingerprint, repr(self.invalid))
-
-    def submit(
-        self, pairs: Sequence[tuple[Chat, Response]], *, loop: AbstractEventLoop | None = None
-    ) -> Ticket[Tensor]:
-        """Start scoring, calls by the function and texts by ``text``.
-
-        Args:
-            pairs: Conversations and candidates; one with calls is judged by these alone, whatever it says besides.
-            loop: The caller's running loop, on which an async function runs.
-
-        Returns:
-            A ticket for [len(pairs)] float32. Its errors are ``RewardError``.
-        """
-        calling = [row for row, (_, response) in enumerate(pairs) if _calls_something(response)]
-        silent = sorted(set(range(len(pairs))) - set(calling))
-        shares = [(rows, judge) for rows, judge in ((calling, self._calls), (silent, self.text)) if rows]
-        futures = [judge.submit([pairs[row] for row in rows], loop=loop).future for rows, judge in shares]
-        return gather(futures, lambda scores: scatter(scores, [rows for rows, _ in shares], len(pairs)))
+        return digest(super().fingerprint, repr(self.invalid))
 
     def _scores(self, chat: Chat, responses: Sequence[Response]) -> list[float]:
         return answered(self._scoring(chat, responses), lambda asked: [self._ask(*each) for each in asked])
@@ -195,6 +213,22 @@ class GroundedCalls(CallReward):
         super().__init__(grounded_share, text=text, name="grounded calls", fingerprint="grounded calls")
 
 
+class CoveringCalls(_CallsOrTexts):
+    """Share of what the user spells out that the calls pass on, all calls of an answer together: 1 if nothing is lost.
+
+    What counts in the user's last message are passages in quotes, numbers, and words with a digit or an underscore,
+    such as codes, times and names of tools. They are passed on if they occur, as whole words, in the name of a call, in
+    its arguments or in the arguments' names. Calls that were made since that message have passed theirs on already.
+    Where nothing is spelled out every call gets 1, and an answer with a call that cannot be read gets 0. What was never
+    said is passed on freely: ``GroundedCalls`` asks about that.
+    """
+
+    def __init__(self, *, text: float | Any = _NEUTRAL) -> None:
+        """Take what an answer without calls gets: a number, 0.5 unless given, or a reward that then judges it."""
+        name = "covering calls"
+        super().__init__(CallableReward(covered_shares, name, None, "response", name), text)
+
+
 class CompleteCalls(CallReward):
     """Share of the properties of a call's schema that are filled: 1 if all are.
 
@@ -226,6 +260,21 @@ def grounded_share(chat: Chat, name: str, args: Mapping[str, Any]) -> float:
     said = said_in(tuple(text_of(message) for message in chat))
     values = list(values_in(args))
     return sum(map(said.holds, values)) / len(values) if values else 1.0
+
+
+def covered_shares(chat: Chat, responses: Sequence[Response]) -> list[float]:
+    """Share of what the user's last message spells out that each response's calls pass on, see ``CoveringCalls``."""
+    turns = list(takewhile(lambda message: message["role"] != "user", reversed(chat)))
+    spelled = spelled_out(text_of(chat[-len(turns) - 1])) if len(turns) < len(chat) else ()
+    earlier = [call["function"] for turn in turns for call in turn.get("tool_calls") or ()]
+    before = [word for call in earlier for word in _words_of(call["name"], call["arguments"])]
+    shares = []
+    for response in responses:
+        words = [word for call in response.tool_calls for word in _words_of(call["name"], call["args"])]
+        said = said_in((*before, *words))
+        share = sum(map(said.holds, spelled)) / len(spelled) if spelled else 1.0
+        shares.append(0.0 if response.invalid_tool_calls else share)
+    return shares
 
 
 def complete_share(forms: Sequence[_Form], chat: Chat, name: str, args: Mapping[str, Any]) -> float:
@@ -288,6 +337,13 @@ def _schema_of(arguments: Any) -> Mapping[str, Any]:
     parameters = inspect.signature(arguments).parameters
     required = [name for name, each in parameters.items() if each.default is inspect.Parameter.empty]
     return {"properties": dict.fromkeys(parameters), "required": required}
+
+
+def _words_of(name: str, args: Any) -> Iterator[str]:
+    """What a call says: its name, the names of its arguments, and their values."""
+    yield name
+    yield from args if isinstance(args, Mapping) else ()
+    yield from map(str, values_in(args))
 
 
 def _calls_something(response: Response) -> bool:

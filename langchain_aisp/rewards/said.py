@@ -44,6 +44,13 @@ class Said:
 _PARTED = re.compile(r"\d[.,]\d")
 # A sign that follows a digit is a hyphen, not a minus; commas part groups of three digits.
 _NUMBER = re.compile(r"(?<!\w)-?\d+(?:,\d{3})*(?:\.\d+)?")
+_WORD = re.compile(r"(?:(?<!\w)-(?=\d))?\w+(?:[.,:/@-]\w+)*")
+_QUOTED = re.compile(
+    "|".join(
+        [rf"(?<!\w){mark}(?=\S)(.+?)(?<=\S){mark}(?!\w)" for mark in "\"'"]  # none within a word, as in "don't"
+        + [f"{opening}(.+?)[{closing}]" for opening, closing in ("“”", "\u2018\u2019", "«»", "「」", ("„", "“”"))]
+    )
+)
 _NUMERALS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
@@ -59,6 +66,15 @@ def said_in(texts: tuple[str, ...]) -> Said:
 def number_in(word: str) -> Decimal | None:
     """The number that a word is, as numbers are looked for in texts; None if it is none."""
     return Decimal(word.replace(",", "")) if _NUMBER.fullmatch(word) else None
+
+
+@lru_cache(maxsize=64)
+def spelled_out(text: str) -> tuple[str | Decimal, ...]:
+    """What a text spells out letter by letter: passages in quotes, numbers, words with a digit or an underscore."""
+    quoted = [match[match.lastindex or 0] for match in _QUOTED.finditer(text)]
+    words = [word for word in _WORD.findall(_QUOTED.sub(" ", text)) if re.search(r"[\d_]", word)]
+    values = (word if (number := number_in(word)) is None else number for word in quoted + words if plain(word))
+    return tuple(dict.fromkeys(values))
 
 
 def values_in(value: Any) -> Iterator[str | float]:

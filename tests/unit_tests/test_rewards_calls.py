@@ -3,6 +3,8 @@
 import asyncio
 import copy
 import pickle
+from dataclasses import replace
+from decimal import Decimal
 from typing import Literal
 
 import pytest
@@ -18,12 +20,14 @@ from langchain_aisp.calling import compares_kinds, judges_calls
 from langchain_aisp.engine import TransformersEngine
 from langchain_aisp.rewards import (
     CompleteCalls,
+    CoveringCalls,
     GroundedCalls,
     Minimum,
     RewardError,
     WeightedSum,
     as_call_reward,
 )
+from langchain_aisp.rewards.said import spelled_out
 from langchain_aisp.types import Response
 from tests import matching, tiny
 
@@ -109,6 +113,59 @@ def test_a_text_gets_the_stated_neutral_value_and_an_unreadable_call_nothing():
     for reward in (GroundedCalls(), CompleteCalls([look_up])):
         assert score(reward, TEXT, INVALID) == [0.5, 0.0]
     assert score(GroundedCalls(text=0.25), TEXT, call(x="17")) == [0.25, 1.0]
+
+
+# -- covering calls ---------------------------------------------------------------------------------------------------
+
+
+def covered(said, *responses, before=(), after=()):
+    return score(CoveringCalls(), *responses, chat=[*before, {"role": "user", "content": said}, *after])
+
+
+@pytest.mark.parametrize(
+    ("said", "spelled"),
+    [
+        ("Set 'blue chair' to 17, please", ("blue chair", Decimal(17))),
+        ("I don't know what it's for, nor the dogs' names, nor Tuesday", ()),
+        (
+            "T-40 at 14:30 on 2026-11-28, room A12, -3 degrees",
+            ("T-40", "14:30", "2026-11-28", "A12", Decimal(-3)),
+        ),
+        ('look_up(order="17", city="北京") for 1,200.50', (Decimal(17), "北京", "look_up", Decimal("1200.50"))),
+        ("“one”, \u2018two\u2019, «three», „four“ and 「五」", ("one", "two", "three", "four", "五")),
+        ("'a' and 'a' and \"\" and ' ' and 7 and 7", ("a", Decimal(7))),
+        ("write to a@b.c1", ("a@b.c1",)),
+    ],
+)
+def test_quotes_numbers_and_codes_are_spelled_out(said, spelled):
+    assert spelled_out(said) == spelled
+
+
+def test_what_the_user_spells_out_has_to_be_passed_on_by_all_calls_together():
+    first, second = call(order="blue chair"), call("note_down", note={"inner": ["about 17.0 cm"]})
+    whole = calls(first, second)
+    assert covered("The 'blue chair' has 17", first, second, whole, call()) == [0.5, 0.5, 1.0, 0.0]
+    assert covered("Use note_down with 17", second, call(order="17"), call(order="171")) == [1.0, 0.5, 0.0]
+    assert covered("Set max_price to 5", call(max_price=5), call(price=5)) == [1.0, 0.5]
+    assert covered("Hello", first, call()) == [1.0, 1.0]
+    assert score(CoveringCalls(), call(), chat=[{"role": "system", "content": "Say 17."}]) == [1.0]
+
+
+def test_only_the_last_message_counts_and_what_earlier_calls_have_passed_on():
+    made = [{"function": {"name": "look_up", "arguments": {"order": "17"}}}]
+    looked_up = [{"role": "assistant", "content": "", "tool_calls": made}, {"role": "tool", "content": "lost, see 99"}]
+    assert covered("Look up 17 and 18", call(order="18"), call(order="17"), after=looked_up) == [1.0, 0.5]
+    before = [{"role": "user", "content": "I am 'A1'"}, *looked_up]
+    assert covered("And 18?", call(order="18"), before=before) == [1.0]
+    assert covered("And 17?", call(order="18"), before=before) == [0.0]
+
+
+def test_a_text_is_judged_by_its_own_reward_and_an_unreadable_call_passes_nothing_on():
+    assert covered("Look up 17", TEXT, INVALID) == [0.5, 0.0]
+    partly = replace(calls(call(order="17")), invalid_tool_calls=INVALID.invalid_tool_calls)
+    assert covered("Look up 17", partly) == [0.0]
+    assert score(CoveringCalls(text=lambda chat, texts: [7.0] * len(texts)), TEXT, call(order="17")) == [7.0, 0.5]
+    assert not compares_kinds(CoveringCalls(text=lambda chat, texts: [7.0] * len(texts)))
 
 
 # -- complete calls ---------------------------------------------------------------------------------------------------
@@ -256,6 +313,8 @@ def test_rewards_that_may_score_differently_have_different_fingerprints():
         lambda: GroundedCalls(text=0.4),
         lambda: CompleteCalls([look_up]),
         lambda: CompleteCalls([look_up, Refund]),
+        lambda: CoveringCalls(),
+        lambda: CoveringCalls(text=0.4),
         lambda: as_call_reward(euros),
         lambda: as_call_reward(euros, invalid=-1.0),
         lambda: as_call_reward(euros, text=as_reward(lambda chat, texts: [0.0] * len(texts))),
@@ -268,7 +327,9 @@ def test_rewards_that_may_score_differently_have_different_fingerprints():
     assert dependent[0].fingerprint != dependent[1].fingerprint
 
 
-@pytest.mark.parametrize("reward", [GroundedCalls(), CompleteCalls([look_up]), as_call_reward(euros, text=0.1)])
+@pytest.mark.parametrize(
+    "reward", [GroundedCalls(), CoveringCalls(), CompleteCalls([look_up]), as_call_reward(euros, text=0.1)]
+)
 def test_a_copy_and_a_pickle_score_the_same(reward):
     expected = score(reward, call(order="17", euros=3), TEXT)
     for other in (pickle.loads(pickle.dumps(reward)), copy.deepcopy(reward)):
@@ -370,13 +431,17 @@ def test_with_a_reward_for_each_kind_the_model_decides_and_the_search_goes_on_am
 
 
 @pytest.mark.parametrize("async_", [False, True])
-async def test_the_models_own_call_wins_among_equals(engine, async_):
-    text = {"text": lambda chat, texts: [0.0] * len(texts)}
-    unjudged = bound(engine, text["text"]).invoke("Give me something back.")
-    chat = bound(engine, as_call_reward(lambda chat, name, args: 0.5, **text))
-    asked = "Give me something back."
+@pytest.mark.parametrize("choice", ["auto", "any"])
+async def test_of_equally_good_calls_the_likeliest_is_made(engine, choice, async_):
+    """Among those that were drawn and the model's own: of so many, every possible call."""
+    text, asked = {"text": lambda chat, texts: [0.0] * len(texts)}, "Give me something back."
+    unjudged = bound(engine, text["text"], "any").invoke(asked)
+    chat = bound(engine, as_call_reward(lambda chat, name, args: 0.5, **text), choice)
     message = await chat.ainvoke(asked) if async_ else chat.invoke(asked)
-    assert [made["args"] for made in message.tool_calls] == [made["args"] for made in unjudged.tool_calls]
+    assert message.response_metadata["reward"] == (0.5 if message.tool_calls else 0.0)
+    if message.tool_calls:
+        assert message.tool_calls[0]["args"] == unjudged.tool_calls[0]["args"]
+        assert message.response_metadata["samples"] == 24
 
 
 def test_the_reward_reads_the_conversation_as_it_was_given(engine):
