@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 DEMO ?=
-BENCH ?= quality speed grammar concurrency scaling memory
+BENCH ?= quality speed grammar concurrency overlap scaling memory
 TESTS ?= tests
 PYTEST_WORKERS ?= 2
 

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Hashable, Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any, Literal, Required, TypeAlias, TypedDict, Unpack, cast
 import torch
 from torch import Tensor
 
+from langchain_aisp.ahead import Ahead, identity, waits
 from langchain_aisp.types import (
     Chat,
     Crediting,
@@ -445,13 +445,14 @@ def iterate(
         An ``Iteration`` after each wave and, last, the ``Aligned`` outcome.
     """
     run = _start(engine, reward, method, chat, settings)
+    ahead = run.ahead(None)
     step = run.advance(None)
     while not isinstance(step, Aligned):
         answer: Answer = None
         if isinstance(step, Iteration):
             yield step
         else:
-            with run.submit(step, None) as ticket:
+            with run.submit(step, None, ahead) as ticket:
                 answer = ticket.future.result()
         step = run.advance(answer)
     yield step
@@ -467,13 +468,14 @@ async def aiterate(
     """``iterate`` for an event loop, which stays free while others decode, score or compute; see there."""
     loop = asyncio.get_running_loop()
     run = await loop.run_in_executor(_thinkers, _start, engine, reward, method, chat, settings)
+    ahead = run.ahead(loop)
     step = await loop.run_in_executor(_thinkers, run.advance, None)
     while not isinstance(step, Aligned):
         answer: Answer = None
         if isinstance(step, Iteration):
             yield step
         else:
-            with run.submit(step, loop) as ticket:
+            with run.submit(step, loop, ahead) as ticket:
                 # Unshielded, a cancelled task would cancel the bare future first, and the ticket, finding it done,
                 # would not tell the engine.
                 answer = await asyncio.shield(asyncio.wrap_future(ticket.future))
@@ -518,8 +520,13 @@ class _Run:
 
     engine: Engine
     reward: Reward
+    chat: Chat
     steps: Search
     deadline: float | None
+
+    def ahead(self, loop: asyncio.AbstractEventLoop | None) -> Ahead | None:
+        """What scores rows as they end, if that is any use; to be called where the search is driven from."""
+        return Ahead(self.reward, self.chat, loop) if waits(self.reward) else None
 
     def advance(self, answer: Answer) -> Wish | Aligned:
         """The search's next wish or, last, its outcome."""
@@ -528,13 +535,17 @@ class _Run:
         except StopIteration as end:
             return cast(Aligned, end.value)
 
-    def submit(self, wish: Wave | Score | Check, loop: asyncio.AbstractEventLoop | None) -> Ticket[Rollouts | Tensor]:
+    def submit(
+        self, wish: Wave | Score | Check, loop: asyncio.AbstractEventLoop | None, ahead: Ahead | None
+    ) -> Ticket[Rollouts | Tensor]:
         """Start what the search asks for."""
-        if isinstance(wish, Wave):
-            return self.engine.submit(wish, deadline=self.deadline)
         if isinstance(wish, Check):
             return self.engine.submit(wish.wave)
-        return self.reward.submit(wish.pairs, loop=loop)
+        if isinstance(wish, Score):
+            return self.reward.submit(wish.pairs, loop=loop) if ahead is None else ahead.submit(wish.pairs)
+        if ahead is None:
+            return self.engine.submit(wish, deadline=self.deadline)
+        return ahead.during(self.engine.submit(wish, deadline=self.deadline, ended=ahead.tell))
 
 
 def _start(engine: Engine, reward: Reward, method: Method[Any], chat: Chat, settings: Settings) -> _Run:
@@ -550,37 +561,29 @@ def _start(engine: Engine, reward: Reward, method: Method[Any], chat: Chat, sett
     problem = Problem(prompt, settings["sampling"], engine.head)
     partial = bool(getattr(reward, "partial", False))
     steps = search(method, problem, budget, answers=settings.get("answers", 1), partial=partial, start=start)
-    return _Run(engine, reward, steps, budget.deadline(start))
+    return _Run(engine, reward, prompt.chat, steps, budget.deadline(start))
 
 
 def _rewards(
     chat: Chat, responses: Sequence[Response], known: dict[Hashable, float]
 ) -> Generator[Wish, Answer, Tensor]:
     """Rewards [N] of the responses; asks for those not ``known`` yet, once each, and remembers them."""
-    identities = [_identity(response) for response in responses]
+    identities = [identity(response) for response in responses]
     unknown = {
-        identity: (chat, response)
-        for identity, response in zip(identities, responses, strict=True)
-        if identity not in known
+        each: (chat, response) for each, response in zip(identities, responses, strict=True) if each not in known
     }
     if unknown:
         rewards = cast(Tensor, (yield Score(tuple(unknown.values()))))
         assert rewards.shape == (len(unknown),), f"{len(unknown)} pairs got rewards of shape {tuple(rewards.shape)}"
         known.update(zip(unknown, rewards.tolist(), strict=True))
-    return torch.tensor([known[identity] for identity in identities], dtype=torch.float32)
-
-
-def _identity(response: Response) -> Hashable:
-    """What makes two responses the same to a reward; tool calls are dicts, so they are compared as text."""
-    tool_calls = json.dumps([response.tool_calls, response.invalid_tool_calls], default=repr)
-    return (response.text, response.finish_reason, response.reasoning, tool_calls)
+    return torch.tensor([known[each] for each in identities], dtype=torch.float32)
 
 
 def _distinct(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
     """The candidates without repetitions, in order."""
     found: dict[Hashable, Candidate] = {}
     for candidate in candidates:
-        found.setdefault(_identity(candidate.response), candidate)
+        found.setdefault(identity(candidate.response), candidate)
     return tuple(found.values())
 
 

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from langchain_aisp.align import Aligned, Budget, Candidate, Iteration, Settings, Stopped, aiterate, iterate
+from langchain_aisp.futures import gather
 from langchain_aisp.methods.misvo import MISVOState
 from langchain_aisp.methods.published import PublishedState
 from langchain_aisp.noise import fold
-from langchain_aisp.rewards.base import gather
 from langchain_aisp.rewards.partial import is_partial
 from langchain_aisp.types import (
     Chat,
+    Ended,
     Engine,
     Head,
     Info,
@@ -342,8 +343,8 @@ class _Continued:
         """The prompt, which is encoded already."""
         return self.prompt
 
-    def submit(self, wave: Wave, *, deadline: float | None = None) -> Ticket[Rollouts]:
-        """Decode what follows the committed tokens."""
+    def submit(self, wave: Wave, *, deadline: float | None = None, ended: Ended | None = None) -> Ticket[Rollouts]:
+        """Decode what follows the committed tokens; nothing is told early, for that would be with these tokens."""
         ticket = self.engine.submit(self._whole(wave), deadline=deadline)
         return Ticket(gather([ticket.future], lambda rollouts: self._rest(rollouts[0])).future, ticket.cancel)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, record_function
 
+from langchain_aisp.ahead import waits
 from langchain_aisp.align import Aligned, Settings, align
 from langchain_aisp.engine import TransformersEngine
 from langchain_aisp.engine import decode as decoding
@@ -245,6 +246,11 @@ class TimedReward:
     def fingerprint(self) -> str:
         """The reward's."""
         return self.reward.fingerprint
+
+    @property
+    def waits(self) -> bool:
+        """As the reward does."""
+        return waits(self.reward)
 
     def submit(
         self, pairs: Sequence[tuple[Chat, Response]], *, loop: AbstractEventLoop | None = None

@@ -21,6 +21,7 @@ from langchain_core.messages.tool import tool_call_chunk as create_tool_call_chu
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from torch import Tensor
 
+from langchain_aisp.ahead import waits
 from langchain_aisp.align import Aligned, Budget, Candidate, Iteration, Settings, aiterate, iterate, said_logprobs
 from langchain_aisp.calling import UNJUDGED, Speech, compares_kinds, judges_calls
 from langchain_aisp.committing import Block, acommit, check_committing, commit
@@ -266,6 +267,10 @@ class _AsGiven:
     @property
     def partial(self) -> bool:
         return is_partial(self.reward)
+
+    @property
+    def waits(self) -> bool:
+        return waits(self.reward)
 
     @property
     def fingerprint(self) -> str:

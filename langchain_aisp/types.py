@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, S
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, Generic, Literal, Protocol, Self, TypeVar, cast, runtime_checkable
+from typing import Any, Generic, Literal, Protocol, Self, TypeAlias, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -314,6 +314,10 @@ class Ticket(Generic[T_co]):
         self.cancel()
 
 
+Ended: TypeAlias = Callable[[Sequence[Response]], None]
+"""Is told of responses while others still decode, by the engine's thread: it neither blocks nor raises."""
+
+
 class Engine(Protocol):
     """Turns waves into rollouts."""
 
@@ -330,12 +334,23 @@ class Engine(Protocol):
     ) -> Prompt:
         """Tokenise a conversation and the tools at hand with the model's own chat template."""
 
-    def submit(self, wave: Wave, *, deadline: float | None = None) -> Ticket[Rollouts]:
-        """Start decoding; ``deadline`` is on the clock of ``time.monotonic``, after it rows are cut off."""
+    def submit(self, wave: Wave, *, deadline: float | None = None, ended: Ended | None = None) -> Ticket[Rollouts]:
+        """Start decoding.
+
+        Args:
+            wave: What to decode.
+            deadline: On the clock of ``time.monotonic``; after it rows are cut off.
+            ended: Is told what rows say as soon as they end; an engine that cannot may leave it alone.
+        """
 
 
 class Reward(Protocol):
-    """Scores candidates; higher is better."""
+    """Scores candidates; higher is better.
+
+    A reward may say more of itself by attributes: ``sees = "response"``, that it understands tool calls;
+    ``partial = True``, that it understands unfinished texts; ``waits = True``, that it mostly waits for somebody else,
+    so that rows are scored as soon as they end, in several batches.
+    """
 
     @property
     def name(self) -> str:

@@ -128,6 +128,7 @@ class Rows:
         if self.script is not None:
             self.limit = (self.script >= 0).sum(dim=1).clamp(max=self.limit)
         self.reason = torch.full_like(self.length, -1)  # index into _REASONS, -1 while the row is decoded
+        self.told = torch.zeros_like(self.reason, dtype=torch.bool)  # which ends have been taken note of
         self._end(self.length >= self.limit, "length")
         last = self.tokens.gather(1, (self.cut - 1).clamp(min=0)[:, None]).squeeze(1)
         self._end((self.cut > 0) & vocabulary.ends[last.clamp(min=0)], "stop")
@@ -243,9 +244,22 @@ class Rows:
         self._end(torch.ones_like(self.reason, dtype=torch.bool), "timeout")
         self._give_up_places()
 
-    def finish_reasons(self) -> list[FinishReason]:
-        """Why each row ended."""
-        return [_REASONS[i] for i in self.reason.tolist()]
+    def take_ended(self) -> list[int]:
+        """The rows that have ended since this was asked last."""
+        ended = (self.reason >= 0) & ~self.told
+        self.told = self.told | ended
+        rows: list[int] = ended.nonzero().flatten().tolist()
+        return rows
+
+    def written(self, rows: Sequence[int]) -> list[list[int]]:
+        """Token ids of some rows so far."""
+        lengths = self.length.tolist()
+        return [self.tokens[row, : lengths[row]].tolist() for row in rows]
+
+    def finish_reasons(self, rows: Sequence[int] | None = None) -> list[FinishReason]:
+        """Why each of these rows ended, or of all."""
+        reasons = self.reason.tolist()
+        return [_REASONS[reasons[row]] for row in (range(len(reasons)) if rows is None else rows)]
 
     def _stream(self, rows: Tensor) -> Tensor:
         """The last prompt token followed by the response so far, [r, L + 1]: what follows the prefilled prompt."""

@@ -10,8 +10,8 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError
-from functools import cached_property
+from concurrent.futures import Future
+from functools import cached_property, partial
 from typing import Any, Self
 
 import torch
@@ -29,9 +29,11 @@ from langchain_aisp.engine.memory import free_bytes, working_bytes
 from langchain_aisp.engine.prompt import PromptEncoder
 from langchain_aisp.engine.remembered import RememberedPrompts
 from langchain_aisp.engine.slots import SlotCache
+from langchain_aisp.futures import fail, settle
 from langchain_aisp.types import (
     Chat,
     ContextLengthError,
+    Ended,
     FinishReason,
     Prompt,
     Response,
@@ -286,18 +288,20 @@ class TransformersEngine:
 
     # -- waves --------------------------------------------------------------------------------------------------------
 
-    def submit(self, wave: Wave, *, deadline: float | None = None) -> Ticket[Rollouts]:
+    def submit(self, wave: Wave, *, deadline: float | None = None, ended: Ended | None = None) -> Ticket[Rollouts]:
         """Start decoding a wave.
 
         Args:
             wave: What to decode.
             deadline: On the clock of ``time.monotonic``; rows still being decoded then are cut off.
+            ended: Is told what rows say as soon as they end, perhaps twice where memory ran out; by this engine's
+                thread, which it must not hold up.
 
         Returns:
             A ticket; cancelling it takes the wave's rows out of the batch before the next step.
         """
         require(not self._closed, f"the engine of {self.name} is closed")
-        job = _Job(wave, deadline, split(wave, self.cache, self.max_rows), *self._demand(wave))
+        job = _Job(wave, deadline, ended, split(wave, self.cache, self.max_rows), *self._demand(wave))
         with self._wake:
             self._waiting.append(job)
             if self._thread is None:
@@ -407,7 +411,7 @@ class TransformersEngine:
                     self._waiting.appendleft(job)
             raise
         except Exception as error:
-            _settle(job.future, error=error)
+            fail(job.future, error)
         else:
             self._batch.append((job, rows))
 
@@ -422,7 +426,9 @@ class TransformersEngine:
         """Take finished parts out of the batch; the last part of a wave makes its rollouts."""
         for job, rows in self._batch:
             if rows.error is not None:
-                _settle(job.future, error=rows.error)
+                fail(job.future, rows.error)
+            elif job.ended is not None:
+                self._tell(job.ended, rows)
         self._batch = [(job, rows) for job, rows in self._batch if rows.error is None]
         finished = [(job, rows) for job, rows in self._batch if not len(rows)]
         if finished:
@@ -430,7 +436,12 @@ class TransformersEngine:
         for job, rows in finished:
             job.finished.append(rows)
             if sum(len(done.index) for done in job.finished) == len(job.wave):
-                _settle(job.future, result=self._rollouts(job))
+                settle(job.future, partial(self._rollouts, job))
+
+    def _tell(self, ended: Ended, rows: Rows) -> None:
+        """Tell of the rows that have just ended."""
+        if places := rows.take_ended():
+            ended(self._responses(rows.written(places), rows.finish_reasons(places), rows.sampling))
 
     def _rollouts(self, job: _Job) -> Rollouts:
         parts = job.finished
@@ -493,19 +504,26 @@ class TransformersEngine:
         if self._closed:
             self._waiting.clear()
         for job in jobs:
-            _settle(job.future, error=error)
+            fail(job.future, error)
 
 
 class _Job:
     """A wave on its way through the engine: parts that wait, parts that are done."""
 
     def __init__(
-        self, wave: Wave, deadline: float | None, parts: Sequence[Tensor], prompt_bytes: int, row_bytes: int
+        self,
+        wave: Wave,
+        deadline: float | None,
+        ended: Ended | None,
+        parts: Sequence[Tensor],
+        prompt_bytes: int,
+        row_bytes: int,
     ) -> None:
         self.wave = wave
         self.prompt_bytes = prompt_bytes
         self.row_bytes = row_bytes
         self.deadline = deadline
+        self.ended = ended
         self.future: Future[Rollouts] = Future()
         self.parts = deque(parts)
         self.finished: list[Rows] = []
@@ -572,18 +590,6 @@ def _own_template(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
         )
         raise ValueError(message)
     return str(template)
-
-
-def _settle(future: Future[Rollouts], *, result: Rollouts | None = None, error: Exception | None = None) -> None:
-    """Complete a future; a caller that cancelled it in the meantime wants nothing."""
-    try:
-        if error is not None:
-            future.set_exception(error)
-        else:
-            assert result is not None
-            future.set_result(result)
-    except InvalidStateError:
-        logger.debug("a wave was cancelled just before it was done")
 
 
 def _gather(parts: Sequence[Tensor], order: Tensor) -> Tensor:

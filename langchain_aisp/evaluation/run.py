@@ -24,7 +24,20 @@ from langchain_aisp.evaluation.datasets import PromptRecord, fingerprint
 from langchain_aisp.evaluation.log import RunLog
 from langchain_aisp.methods import BestOfN
 from langchain_aisp.rewards.foreign import is_of_this_process
-from langchain_aisp.types import Chat, Engine, Head, Prompt, Response, Reward, Rollouts, Sampling, Ticket, Wave, require
+from langchain_aisp.types import (
+    Chat,
+    Ended,
+    Engine,
+    Head,
+    Prompt,
+    Response,
+    Reward,
+    Rollouts,
+    Sampling,
+    Ticket,
+    Wave,
+    require,
+)
 
 _Said = tuple[str, str]  # what the rewards can tell apart: text and finish reason
 
@@ -258,11 +271,11 @@ class Recorder:
         """As the engine does it."""
         return self._engine.encode(chat, tools=tools, seed=seed, continue_last=continue_last)
 
-    def submit(self, wave: Wave, *, deadline: float | None = None) -> Ticket[Rollouts]:
+    def submit(self, wave: Wave, *, deadline: float | None = None, ended: Ended | None = None) -> Ticket[Rollouts]:
         """As the engine does it."""
         if not (wave.forced and wave.observe):  # such a wave looks at answers again, it makes none
             self.cuts.append(wave.cut.tolist())
-        return self._engine.submit(wave, deadline=deadline)
+        return self._engine.submit(wave, deadline=deadline, ended=ended)
 
 
 def environment() -> dict[str, Any]:

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 from langchain_core.messages import BaseMessage
 
 from langchain_aisp.calling import UNJUDGED, judges_calls
+from langchain_aisp.futures import gather
 from langchain_aisp.messages import to_chat
 from langchain_aisp.rewards import JudgeReward, Rule, as_reward
-from langchain_aisp.rewards.base import gather
 from langchain_aisp.types import Response, Reward, Ticket, require
 
 

@@ -17,7 +17,8 @@ from typing import Any, Generic, Literal, TypeVar, cast
 import torch
 from torch import Tensor
 
-from langchain_aisp.rewards.base import RewardError, check_scores, fail, gather, settle
+from langchain_aisp.futures import fail, gather, settle
+from langchain_aisp.rewards.base import RewardError, check_scores
 from langchain_aisp.rewards.fingerprint import stable_fingerprint
 from langchain_aisp.rewards.partial import PartialReward, Span, asked_for, check_spans, is_partial, sum_up_to
 from langchain_aisp.rewards.threads import Workers, background_loop
@@ -39,6 +40,7 @@ def as_reward(
     fingerprint: str | None = None,
     partial: bool = False,
     spans: bool = False,
+    waits: bool | None = None,
 ) -> Reward:
     """Make a reward of a function; a reward is returned as it is.
 
@@ -55,6 +57,8 @@ def as_reward(
             reward can be promised this, too.
         spans: ``fn`` returns for each candidate what its pieces are worth instead of one number: a list of
             ``(start, end, value)``, in characters of its text. The score is their sum, and ``partial`` is understood.
+        waits: Whether ``fn`` mostly waits for somebody else, such as a server. Then candidates are scored as soon as
+            they end, in several batches, while others still decode. Unless given, that is so for an async function.
 
     Raises:
         TypeError: If ``fn`` cannot be called with two positional arguments.
@@ -63,14 +67,14 @@ def as_reward(
     if isinstance(fn, type):
         raise TypeError(f"a reward must be a function or an object, got the class {fn.__name__}; pass an instance")
     if _is_reward(fn):
-        given = (name, timeout, fingerprint) != (None, None, None) or sees != "text" or spans
-        require(
-            not given, f"{name_of(fn)} is a reward already and takes no name, timeout, sees, fingerprint or spans here"
-        )
+        given = (name, timeout, fingerprint, waits) != (None, None, None, None) or sees != "text" or spans
+        options = "name, timeout, sees, fingerprint, spans or waits"
+        require(not given, f"{name_of(fn)} is a reward already and takes no {options} here")
         reward = cast(Reward, fn)
         return PartialReward(reward) if partial and not is_partial(reward) else reward
     fn = cast(Callable[..., Any], fn)
-    return CallableReward(fn, name or name_of(fn), timeout, sees, fingerprint, partial or spans, spans)
+    waits = is_async(fn) if waits is None else waits
+    return CallableReward(fn, name or name_of(fn), timeout, sees, fingerprint, partial or spans, spans, waits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +89,7 @@ class CallableReward:
         explicit_fingerprint: Identity for cache keys, or None to derive it.
         partial: Whether the function understands unfinished texts.
         spans: Whether it tells what the pieces of a text are worth.
+        waits: Whether it mostly waits for somebody else.
     """
 
     fn: Callable[..., Any]
@@ -94,6 +99,7 @@ class CallableReward:
     explicit_fingerprint: str | None = None
     partial: bool = False
     spans: bool = False
+    waits: bool = False
     _workers: Workers = field(default_factory=lambda: Workers(_THREADS, "aisp-reward"), init=False, repr=False)
     _unique: str = field(default_factory=lambda: f"process-{uuid.uuid4().hex}", init=False, repr=False)
 
@@ -106,8 +112,8 @@ class CallableReward:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the settings; threads and the per-process identity are made anew."""
-        settings = (self.name, self.timeout, self.sees, self.explicit_fingerprint, self.partial, self.spans)
-        return CallableReward, (self.fn, *settings)
+        named = (self.name, self.timeout, self.sees, self.explicit_fingerprint)
+        return CallableReward, (self.fn, *named, self.partial, self.spans, self.waits)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallableReward:
         """The same object: nothing in it is ever edited."""

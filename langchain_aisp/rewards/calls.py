@@ -17,7 +17,9 @@ from typing import Any, TypeAlias, cast
 
 from torch import Tensor
 
-from langchain_aisp.rewards.base import RewardError, check_scores, gather
+from langchain_aisp.ahead import waits
+from langchain_aisp.futures import gather
+from langchain_aisp.rewards.base import RewardError, check_scores
 from langchain_aisp.rewards.callable import (
     CallableReward,
     Sees,
@@ -95,6 +97,11 @@ class _CallsOrTexts:
         """Of both rewards."""
         return digest("calls", self._calls.fingerprint, self.text.fingerprint)
 
+    @property
+    def waits(self) -> bool:
+        """Whether both mostly wait for somebody else."""
+        return waits(self._calls) and waits(self.text)
+
     def submit(
         self, pairs: Sequence[tuple[Chat, Response]], *, loop: AbstractEventLoop | None = None
     ) -> Ticket[Tensor]:
@@ -141,7 +148,8 @@ class CallReward(_CallsOrTexts):
         self.invalid = float(invalid)
         scores = self._scores_async if is_async(function) else self._scores
         identity = fingerprint or stable_fingerprint(function)
-        super().__init__(CallableReward(scores, own_name, timeout, "response", identity), text)
+        calls = CallableReward(scores, own_name, timeout, "response", identity, waits=is_async(function))
+        super().__init__(calls, text)
 
     @property
     def fingerprint(self) -> str:
@@ -358,9 +366,8 @@ def _written(name: str, args: Mapping[str, Any]) -> str:
 def _always(score: float) -> Reward:
     """The same score for every text."""
     require(math.isfinite(score), f"text must be a finite number or a reward, got {score}")
-    return CallableReward(
-        partial(_equally, float(score)), f"{score:g}", explicit_fingerprint=f"always {float(score)!r}"
-    )
+    identity = f"always {float(score)!r}"
+    return CallableReward(partial(_equally, float(score)), f"{score:g}", explicit_fingerprint=identity, waits=True)
 
 
 def _equally(score: float, chat: Chat, texts: Sequence[str]) -> list[float]:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from langchain_aisp.rewards.base import RewardError, check_scores, fail, settle
+from langchain_aisp.futures import fail, settle
+from langchain_aisp.rewards.base import RewardError, check_scores
 from langchain_aisp.rewards.checkpoint import Checkpoint, LoadedClassifier
 from langchain_aisp.rewards.conversation import ConversationEncoder
 from langchain_aisp.rewards.fingerprint import digest

@@ -47,8 +47,9 @@ class JudgeReward(Settled):
         retries: Further tries for an answer that has no score or that the model failed to give.
         unreadable: A candidate whose score is still not known gets the ``"lowest"`` of the scale, or is an
             ``"error"``. A model that still fails is always an error.
-        max_concurrency: Most calls at the same time for one conversation.
-        timeout: Most seconds for all candidates of a conversation; None sets no limit.
+        max_concurrency: Most calls at the same time for the candidates of one batch. A search judges rows as soon as
+            they end, one batch after the other; only at the end of a wave two may be under way.
+        timeout: Most seconds for one such batch; None sets no limit.
         name: For error messages and traces.
         fingerprint: Identity for cache keys; unless given, a hash of the settings, where LangChain can write the
             model down (see ``identity_of``), else one of this process.
@@ -82,6 +83,11 @@ class JudgeReward(Settled):
         asking = Asking(self._judge, self._ask, aask, name=self.name, timeout=self.timeout)
         object.__setattr__(self, "_asking", asking)
         object.__setattr__(self, "fingerprint", self.fingerprint or self._derived_fingerprint())
+
+    @property
+    def waits(self) -> bool:
+        """It waits for its model: rows are judged as soon as they end."""
+        return True
 
     @property
     def parse_failures(self) -> int:

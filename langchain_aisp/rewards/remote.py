@@ -17,8 +17,9 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
+from langchain_aisp.futures import gather
 from langchain_aisp.rewards.asking import Settled
-from langchain_aisp.rewards.base import RewardError, check_scores, gather, shorten
+from langchain_aisp.rewards.base import RewardError, check_scores, shorten
 from langchain_aisp.rewards.conversation import with_answer
 from langchain_aisp.rewards.fingerprint import stable_fingerprint
 from langchain_aisp.rewards.foreign import last_user_text, settled_fingerprint, without_control_tokens
@@ -116,6 +117,11 @@ class RemoteReward(Settled):
         object.__setattr__(self, "_line", _Line(self.headers, self.max_concurrency))
         object.__setattr__(self, "_random", Random(self.seed))
         object.__setattr__(self, "fingerprint", self.fingerprint or self._derived_fingerprint())
+
+    @property
+    def waits(self) -> bool:
+        """It waits for its server: rows are scored as soon as they end."""
+        return True
 
     @property
     def address(self) -> str:

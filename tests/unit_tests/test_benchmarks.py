@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import common, concurrency, gpu, memory, scaling, speed, tools
+from benchmarks import common, concurrency, gpu, memory, overlap, scaling, speed, tools
 from langchain_aisp.engine import TransformersEngine
 from langchain_aisp.engine import transformers as engines
 from tests import tiny
@@ -162,6 +162,13 @@ def test_concurrency_gives_every_caller_the_same_answer(run: Run) -> None:
     ]
 
 
+def test_scoring_ahead_gives_the_same_answers(run: Run) -> None:
+    sizes = ("--rows", "4", "--waves", "2", "--tokens", "8", "--seconds", "0.001", "--at-once", "2", "--pairs", "2")
+    [found] = run(overlap, *sizes)["judges"]
+    assert found["at_once"] == 2
+    assert found["ratio"]["pairs"] == found["waiting_for_reward"]["ahead"]["pairs"] == 2
+
+
 def test_concurrency_fails_when_an_answer_changes(monkeypatch: pytest.MonkeyPatch, engine) -> None:
     given = iter(range(100))
     monkeypatch.setattr(concurrency.Callers, "ask", lambda self, request: next(given))
@@ -302,7 +309,7 @@ def test_the_floor_of_llama_3_8b_is_that_of_the_arithmetic() -> None:
 
 
 def test_a_benchmark_is_a_module_that_can_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (speed, concurrency, scaling, memory, gpu):
+    for module in (speed, concurrency, overlap, scaling, memory, gpu):
         monkeypatch.setattr(sys, "argv", [str(module.__file__), "--help"])
         with pytest.raises(SystemExit, match="0"):
             runpy.run_path(str(module.__file__), run_name="__main__")
@@ -310,7 +317,8 @@ def test_a_benchmark_is_a_module_that_can_be_called(monkeypatch: pytest.MonkeyPa
 
 def test_tools_counts_calls_and_answers_by_kind_and_tells_every_failure(run: Run) -> None:
     last = run(tools, "--dialogues", "4", "--samples", "8", "--split", "dev")
-    counts = {kind: found.pop("call") for kind, found in last["counts"].items()}
+    assert list(last["counts"]["all"]) == ["unaided_call", "call", "unaided_answer", "answer"]
+    counts = {kind: found["call"] for kind, found in last["counts"].items()}
     assert counts.pop("all").endswith(" of 4")
     assert sum(int(each.split(" of ")[1]) for each in counts.values()) == 4
     right = sum(int(each.split(" of ")[0]) for each in counts.values())

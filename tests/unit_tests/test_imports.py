@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "langchain_aisp"
 LIBRARIES = {"langchain", "langchain_core", "pydantic", "rich", "tokenizers", "transformers", "typer"}  # torch is free
-RECORDS = {".types", ".noise", ".sampling", ".templating"}
+RECORDS = {".types", ".noise", ".sampling", ".templating", ".futures"}
 ALLOWED = {  # part of the package -> the parts (with a dot) and the libraries it may import
     "demo": {".demo"},
     "types": set(),
@@ -17,8 +17,10 @@ ALLOWED = {  # part of the package -> the parts (with a dot) and the libraries i
     "methods": RECORDS | {".methods"},
     "engine": RECORDS | {".engine", ".demo", "tokenizers", "transformers"},  # .demo: where the model "demo" lies
     "tools": {".types", ".tools"},
-    "rewards": RECORDS | {".rewards", ".tools", "transformers"},
-    "align": RECORDS,
+    "futures": {".types"},
+    "ahead": RECORDS,
+    "rewards": RECORDS | {".rewards", ".tools", ".ahead", "transformers"},
+    "align": RECORDS | {".ahead"},
 }
 
 
