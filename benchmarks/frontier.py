@@ -19,17 +19,14 @@ import argparse
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, mean_with_interval, save
+from benchmarks.common import mean_with_interval, save
 from langchain_aisp import AISP, BestOfN, Budget, ClassifierReward, align
 from langchain_aisp.align import Candidate
 from langchain_aisp.demo import REWARD_MODEL_PATH, scenarios
 from langchain_aisp.engine import TransformersEngine
 from langchain_aisp.evaluation.metrics import best_of_n_kl
-from langchain_aisp.evaluation.plot import Series, line_plot
 from langchain_aisp.methods import MISVO, PublishedAISP
 from langchain_aisp.types import Chat, Engine, Method, Reward, Sampling
 
@@ -37,7 +34,6 @@ WAVE = 32
 KL_BUDGETS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, math.inf)
 FLOORS = (-10.0, -20.0, -40.0, -80.0, -math.inf)
 FEWEST_NATS = 0.3  # per token: the control of AISP that a budget shall have something to bound
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b0468c", "#8a6d00")
 
 
 @dataclass(frozen=True)
@@ -126,48 +122,6 @@ def _surprise(candidate: Candidate) -> float:
     return -candidate.base_logprob
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The plot
-
-
-def page(points: Sequence[Mapping[str, Any]]) -> str:
-    """Both frontiers as a page that needs nothing else."""
-    families = list(dict.fromkeys(point["family"] for point in points))
-    plots = [
-        line_plot(title, label, "reward", _lines(points, families, distance), log_x=False)
-        for title, label, distance in (
-            ("Reward over KL divergence", "nats, steering and selection", "kl"),
-            ("Reward over surprise", "nats less likely than a plain sample", "surprise"),
-        )
-    ]
-    legend = " ".join(f'<b style="color:{COLOURS[at]}">■ {escape(name)}</b>' for at, name in enumerate(families))
-    head = f'<meta charset="utf-8"><title>Reward and distance from the model</title><style>{_style()}</style>'
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><p>{legend}</p>{"".join(plots)}</body></html>\n'
-    )
-
-
-def _lines(points: Sequence[Mapping[str, Any]], families: Sequence[str], distance: str) -> list[Series]:
-    lines = []
-    for number, family in enumerate(families):
-        places = sorted(
-            (far["mean"] if isinstance(far, Mapping) else far, point["reward"]["mean"])
-            for point in points
-            if point["family"] == family and (far := point[distance]) is not None
-        )
-        lines.append(Series(family, [x for x, _ in places], [y for _, y in places], number))
-    return lines
-
-
-def _style() -> str:
-    colours = (f".c{at} polyline {{ stroke: {c}; }} .c{at} circle {{ fill: {c}; }}" for at, c in enumerate(COLOURS))
-    return (
-        "body { font: 14px system-ui, sans-serif; max-width: 48rem; margin: 1rem auto; } svg text { font-size: 11px; } "
-        ".line polyline { fill: none; stroke-width: 2; } .grid { stroke: #d9dce1; } "
-        f".tick, .label {{ text-anchor: middle; }} .end {{ text-anchor: end; }} {' '.join(colours)}"
-    )
-
-
 def show(points: Sequence[Mapping[str, Any]]) -> None:
     """The points as a table for people."""
     print(f"{'family':20} {'setting':>8} {'reward':>8} {'KL':>7} {'steered':>8} {'surprise':>9}")
@@ -185,18 +139,16 @@ def demo_pair() -> tuple[Engine, Reward]:
 
 
 def main() -> None:
-    """Measure all points, draw them and save the numbers."""
+    """Measure all points and save the numbers; `benchmarks.plots` draws them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--split", choices=("dev", "test"), default="test")
-    parser.add_argument("--plot", type=Path, default=RESULTS / "frontier.html", help="where the plot goes")
     args = parser.parse_args()
     engine, reward = demo_pair()
     chats = [scenario.messages for scenario in scenarios(args.split, args.prompts, seed=3)]
     points = measure(engine, reward, chats, arms(args.samples), args.max_tokens)
-    args.plot.write_text(page(points), encoding="utf-8")
     show(points)
     settings = {name: getattr(args, name) for name in ("samples", "prompts", "max_tokens", "split")}
     save("frontier", {**settings, "points": points})

@@ -70,8 +70,13 @@ def _try_out(cache: Cache, model: PreTrainedModel) -> None:
     trials = _RAGGED_TRIALS if cache.ragged else _TRIALS
     expected, got = _read_whole(Runner(model), trials, cache.device), _decode_trials(cache, trials)
     error = float((got - expected).abs().max() / expected.std().clamp(min=1e-6))
-    if not error <= (1e-3 if model.dtype == torch.float32 else 0.15):  # a NaN is no agreement either
+    if not error <= (1e-3 if _computes_finely(model) else 0.15):  # a NaN is no agreement either
         raise Unsuited(f"its logits are off by {error:.2g} standard deviations")
+
+
+def _computes_finely(model: PreTrainedModel) -> bool:
+    """Whether equal texts give all but equal logits; quantized layers round their inputs, batch by batch."""
+    return model.dtype == torch.float32 and getattr(model, "hf_quantizer", None) is None
 
 
 @torch.inference_mode()

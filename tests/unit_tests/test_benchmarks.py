@@ -8,11 +8,12 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from benchmarks import common, concurrency, gpu, memory, overlap, scaling, speed, tools
+from benchmarks import common, concurrency, drafts, gpu, memory, overlap, plots, scaling, speed, tools
 from langchain_aisp.engine import TransformersEngine
 from langchain_aisp.engine import transformers as engines
 from tests import tiny
@@ -308,8 +309,35 @@ def test_the_floor_of_llama_3_8b_is_that_of_the_arithmetic() -> None:
     assert gpu.floor(model, 256, 256, 128, 4.3e12, 790e12)["seconds"] > least["by_products"] * 8 * 0.99
 
 
+def test_drafts_counts_what_repeats_an_earlier_response_with_the_same_beginning() -> None:
+    earlier = [[1, 2, 3, 4, 5], [1, 2, 9, 4], [7, 2, 3, 4, 6, 8]]
+    assert drafts.repeated(3, [1, 2, 8, 4, 5, 6], earlier) == 2  # made to differ at 8; then the first one goes on alike
+    assert drafts.repeated(3, [1, 2, 8, 7], earlier) == 0
+    assert drafts.repeated(1, [5, 2, 3, 4, 6], earlier) == 4  # whatever came first
+    assert drafts.repeated(3, [4, 4, 4, 4], earlier) == 0
+
+
+def test_drafts_bounds_what_could_be_saved(run: Run) -> None:
+    last = run(drafts, "--samples", "16", "--requests", "1", "--rows", "4", "--tokens", "12", "--rounds", "2")
+    for share in last["shares"]:
+        assert 0 <= share["repeated"] <= share["new"] > 0
+        assert share["saved_at_most"] <= share["share"] == share["repeated"] / share["new"]
+
+
+def test_the_pictures_in_the_docs_are_of_the_newest_results() -> None:
+    assert {path.name: path.read_text("utf-8") for path in plots.FOLDER.glob("*.svg")} == plots.draw()
+
+
+def test_a_picture_is_xml_that_names_its_lines() -> None:
+    text = plots.picture("a < b", "x", "y", {"one & two": [(1, 1.0), (2, 3.0)], "three": [(1, 2.0), (2, 2.5)]})
+    root = ElementTree.fromstring(text)
+    said = [each.text for each in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"a < b", "■ one & two", "■ three"} <= set(said)
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}polyline"))) == 2
+
+
 def test_a_benchmark_is_a_module_that_can_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (speed, concurrency, overlap, scaling, memory, gpu):
+    for module in (speed, concurrency, drafts, overlap, scaling, memory, gpu):
         monkeypatch.setattr(sys, "argv", [str(module.__file__), "--help"])
         with pytest.raises(SystemExit, match="0"):
             runpy.run_path(str(module.__file__), run_name="__main__")

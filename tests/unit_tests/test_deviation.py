@@ -17,7 +17,7 @@ import torch
 from langchain_core.messages import HumanMessage
 from torch import Tensor
 
-from benchmarks import common, frontier
+from benchmarks import common, frontier, plots
 from langchain_aisp import AISP, AISPChatModel, BestOfN, Budget, aalign, align
 from langchain_aisp.align import Aligned, Candidate, Iteration, first_rows, iterate
 from langchain_aisp.engine import TransformersEngine
@@ -659,8 +659,7 @@ def test_the_frontier_has_a_point_per_budget_and_is_drawn(engine, monkeypatch, t
     monkeypatch.setattr(frontier, "FLOORS", (-12.0, -math.inf))
     monkeypatch.setattr(frontier, "demo_pair", lambda: (engine, as_reward(letters_a_to_m)))
     monkeypatch.setattr(frontier, "scenarios", lambda *_, **__: [SimpleNamespace(messages=CHAT)] * 2)
-    plot, sizes = tmp_path / "frontier.html", ("--samples", "4", "--prompts", "2", "--max-tokens", "5")
-    monkeypatch.setattr("sys.argv", [str(frontier.__file__), *sizes, "--plot", str(plot)])
+    monkeypatch.setattr("sys.argv", [str(frontier.__file__), "--samples", "4", "--prompts", "2", "--max-tokens", "5"])
     frontier.main()
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     points = {(point["family"], point["setting"]): point for point in found["points"]}
@@ -676,6 +675,5 @@ def test_the_frontier_has_a_point_per_budget_and_is_drawn(engine, monkeypatch, t
     assert points["published, sampled", "inf"]["most_steered"] > 0.1
     assert points["aisp", -12.0]["kl"] is None
     assert points["aisp", -12.0]["least_logprob"] >= points["aisp", "-inf"]["least_logprob"]
-    page = plot.read_text()
-    assert page.count("<svg") == 2
-    assert page.count("<polyline") == 3 + 5  # of KL divergence nobody knows two lines
+    pictures = plots.draw(tmp_path)
+    assert [text.count("<polyline") for text in pictures.values()] == [3, 5]  # of KL divergence nobody knows two lines
