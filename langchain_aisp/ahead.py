@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from langchain_aisp.futures import fail, gather, settle
+from langchain_aisp.futures import gather, settle
 from langchain_aisp.types import Chat, Response, Reward, Rollouts, Ticket
 
 T = TypeVar("T")
@@ -38,9 +38,10 @@ def identity(response: Response) -> Hashable:
 class Ahead:
     """The reward of one search, asked before the search asks.
 
-    One batch is on its way at a time, and what ends meanwhile makes the next one: so batches grow with the time that
-    the reward takes, and it is asked no more at once than it allows. When the search asks, nothing waits any longer.
-    Each response is asked about once. Reached from the caller's thread, the engine's and the reward's.
+    One batch is under way at a time, and what ends meanwhile makes the next one: so batches grow with the time that the
+    reward takes, and it is not asked about hundreds of rows one by one. When the search asks, nothing waits any longer,
+    so then there may be two. Each response is asked about once. Reached from the caller's thread, the engine's and the
+    reward's.
     """
 
     def __init__(self, reward: Reward, chat: Chat, loop: AbstractEventLoop | None) -> None:
@@ -53,13 +54,14 @@ class Ahead:
         self._lock = Lock()
         self._scores: dict[Hashable, Future[float]] = {}
         self._waiting: list[Response] = []
-        self._under_way: list[Ticket[Tensor]] = []
+        self._batches = 0  # that are under way, one of them perhaps not yet known by its ticket
+        self._tickets: list[Ticket[Tensor]] = []
         self._abandoned = False
 
     def tell(self, responses: Sequence[Response]) -> None:
         """Some rows have said this; from the engine's thread, which must not be held up and may get no error."""
         self._note(responses)
-        if not self._under_way:
+        if not self._batches:
             self._ask()
 
     def during(self, ticket: Ticket[Rollouts]) -> Ticket[Rollouts]:
@@ -82,8 +84,8 @@ class Ahead:
                 return
             with self._lock:
                 self._abandoned = True
-                under_way = list(self._under_way)
-            for ticket in under_way:
+                tickets = list(self._tickets)
+            for ticket in tickets:
                 ticket.cancel()
 
         future.add_done_callback(ended)
@@ -102,20 +104,30 @@ class Ahead:
             batch, self._waiting = self._waiting, []
             if not batch or self._abandoned:
                 return
-            futures = [self._scores[identity(response)] for response in batch]
-            pairs = [(self._chat, response) for response in batch]
-            try:
-                ticket = self._context.copy().run(self._reward.submit, pairs, loop=self._loop)
-            except Exception as error:
-                for future in futures:
-                    fail(future, error)
-                return
-            self._under_way.append(ticket)
+            self._batches += 1
+        futures = [self._scores[identity(response)] for response in batch]
+        ticket = self._start(batch)
+        with self._lock:
+            self._tickets.append(ticket)
+            abandoned = self._abandoned
+        if abandoned:
+            ticket.cancel()
         ticket.future.add_done_callback(partial(self._arrived, ticket, futures))
+
+    def _start(self, batch: Sequence[Response]) -> Ticket[Tensor]:
+        """Ask the reward; what it raises at once is its answer, too."""
+        pairs = [(self._chat, response) for response in batch]
+        try:
+            return self._context.copy().run(self._reward.submit, pairs, loop=self._loop)
+        except Exception as error:
+            failed: Future[Tensor] = Future()
+            failed.set_exception(error)
+            return Ticket(failed)
 
     def _arrived(self, ticket: Ticket[Tensor], futures: Sequence[Future[float]], answer: Future[Tensor]) -> None:
         with self._lock:
-            self._under_way.remove(ticket)
+            self._batches -= 1
+            self._tickets.remove(ticket)
         for row, future in enumerate(futures):
             settle(future, partial(_score, answer, row, len(futures)))
         self._ask()

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from benchmarks import common, concurrency, drafts, gpu, memory, overlap, plots, scaling, speed, tools
+from benchmarks import arithmetic, common, concurrency, drafts, gpu, memory, overlap, plots, scaling, speed, tools
 from langchain_aisp.engine import TransformersEngine
 from langchain_aisp.engine import transformers as engines
 from tests import tiny
@@ -161,6 +161,13 @@ def test_concurrency_gives_every_caller_the_same_answer(run: Run) -> None:
         (1, 4, True),
         (3, 4, True),
     ]
+
+
+def test_arithmetic_compares_every_setting_with_the_first(run: Run) -> None:
+    [found] = run(arithmetic, "--threads", "1", "2", "--rows", "4", "--tokens", "2", "--rounds", "2")["waves"]
+    assert list(found["ratios"]) == [f"{n} threads, {dtype}" for n in (1, 2) for dtype in ("float32", "bfloat16")]
+    assert found["ratios"]["1 threads, float32"]["median"] == 1.0
+    assert [len(row) for row in found["seconds"]] == [4, 4]
 
 
 def test_scoring_ahead_gives_the_same_answers(run: Run) -> None:
@@ -337,7 +344,7 @@ def test_a_picture_is_xml_that_names_its_lines() -> None:
 
 
 def test_a_benchmark_is_a_module_that_can_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (speed, concurrency, drafts, overlap, scaling, memory, gpu):
+    for module in (arithmetic, speed, concurrency, drafts, overlap, scaling, memory, gpu):
         monkeypatch.setattr(sys, "argv", [str(module.__file__), "--help"])
         with pytest.raises(SystemExit, match="0"):
             runpy.run_path(str(module.__file__), run_name="__main__")

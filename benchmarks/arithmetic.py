@@ -1,0 +1,65 @@
+"""Which number of threads and which precision decodes fastest on this processor, for few, some and many rows.
+
+Why: torch has one number of threads per process, which rewards share, so the engine leaves it alone, and small models
+gain from few. bfloat16 is for processors that multiply it; on others it is slow. Every setting has an engine of its
+own, and they take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.common import decode, median_with_interval, random_prompt, rounds, save, with_interval
+from langchain_aisp.engine import TransformersEngine
+
+PROMPT = 64
+
+
+def wave(engine: TransformersEngine, threads: int, rows: int, tokens: int, number: int) -> None:
+    """One wave on a prompt that nobody has read; the number of threads is that of the engine's when it begins."""
+    torch.set_num_threads(threads)
+    decode(engine, random_prompt(engine, PROMPT, 1_000 * rows + number), rows, tokens)
+
+
+Setting = tuple[int, str]
+"""Threads and precision."""
+
+
+def compare(engines: dict[Setting, TransformersEngine], rows: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of each setting as shares of the first one's."""
+    works = [partial(wave, engine, threads, rows, args.tokens) for (threads, _), engine in engines.items()]
+    seconds = rounds(works, args.rounds)
+    found = {}
+    for place, (threads, dtype) in enumerate(engines):
+        name = f"{threads} threads, {dtype}"
+        found[name] = median_with_interval([row[place] / row[0] for row in seconds])
+        print(f"{rows} rows, {name}: {with_interval(found[name])} of the first one's seconds", flush=True)
+    return {"rows": rows, "seconds": seconds, "ratios": found}
+
+
+def main() -> None:
+    """Measure all settings."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="demo", help="id or folder of a model")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
+    parser.add_argument("--rows", type=int, nargs="+", default=[4, 32, 128], help="of one wave")
+    parser.add_argument("--tokens", type=int, default=32, help="new tokens per row")
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
+    settings = [(threads, dtype) for threads in dict.fromkeys(args.threads) for dtype in ("float32", "bfloat16")]
+    load = partial(TransformersEngine.from_pretrained, args.model, device="cpu")
+    engines = {(threads, dtype): load(dtype=dtype) for threads, dtype in settings}
+    try:
+        found = [compare(engines, rows, args) for rows in args.rows]
+    finally:
+        for engine in engines.values():
+            engine.close()
+    save("arithmetic", {"model": args.model, "threads_compared": args.threads, "waves": found})
+
+
+if __name__ == "__main__":
+    main()
