@@ -22,6 +22,7 @@ from langchain_aisp.noise import fold, normal, request_key, uniform
 from langchain_aisp.sampling import draw
 from langchain_aisp.types import (
     Chat,
+    Ended,
     Head,
     Method,
     Problem,
@@ -88,17 +89,24 @@ class ToyEngine:
         ids = tuple(ord(letter) for letter in text) + (() if continue_last else (ord("\n"),))
         return Prompt(chat, ids, request_key(seed, ids))
 
-    def submit(self, wave: Wave, *, deadline: float | None = None) -> Ticket[Rollouts]:
+    def submit(self, wave: Wave, *, deadline: float | None = None, ended: Ended | None = None) -> Ticket[Rollouts]:
         self.waves.append(wave)
         self.deadlines.append(deadline)
         future: Future[Rollouts] = Future()
         cancelled = threading.Event()
-        work = partial(fulfil, future, partial(self.decode, wave, deadline, cancelled))
+        work = partial(fulfil, future, partial(self._told, wave, deadline, cancelled, ended))
         if self.threaded:
             threading.Thread(target=work, daemon=True).start()
         else:
             work()
         return Ticket(future, cancelled.set)
+
+    def _told(self, wave: Wave, deadline: float | None, cancelled: threading.Event, ended: Ended | None) -> Rollouts:
+        """Decode, and tell of all rows when the last one has ended."""
+        rollouts = self.decode(wave, deadline, cancelled)
+        if ended is not None:
+            ended(rollouts.responses)
+        return rollouts
 
     def decode(self, wave: Wave, deadline: float | None = None, cancelled: threading.Event | None = None) -> Rollouts:
         """Decode every row, each from its own cut, one token per step."""
