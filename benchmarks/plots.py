@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeAlias
 
 from benchmarks.common import RESULTS
@@ -62,7 +63,7 @@ def scaling(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """How cost grows with each size, and what a row costs beside others."""
     lines = {}
     for name, grown in found["growth"].items():
-        seconds = [_middle(each) for each in zip(*grown["seconds"], strict=True)]
+        seconds = [median(each) for each in zip(*grown["seconds"], strict=True)]
         sizes = grown["sizes"]
         lines[name] = [(size / sizes[0], cost / seconds[0]) for size, cost in zip(sizes, seconds, strict=True)]
         if name == _ROWS:
@@ -89,10 +90,6 @@ def frontier(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 lines.setdefault(point["family"], []).append((place, point["reward"]["mean"]))
         ordered = {family: sorted(points) for family, points in lines.items()}
         yield name, picture(title, label, "reward", ordered, log_x=False)
-
-
-def _middle(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 DRAWINGS: Mapping[str, Drawing] = {"concurrency": concurrency, "scaling": scaling, "frontier": frontier}

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from langchain_aisp.futures import gather, settle
-from langchain_aisp.types import Chat, Response, Reward, Rollouts, Ticket
+from langchain_aisp.types import Chat, Response, Reward, Rollouts, Ticket, parts_of
 
 T = TypeVar("T")
 
 
 def waits(reward: Reward) -> bool:
-    """Whether a reward says that its scores mostly wait for somebody else, such as a server."""
-    return bool(getattr(reward, "waits", False))
+    """Whether a reward says that its scores mostly wait for somebody else, such as a server; or all its parts do."""
+    return all(getattr(part, "waits", False) for part in parts_of(reward))
 
 
 def identity(response: Response) -> Hashable:
@@ -53,7 +53,7 @@ class Ahead:
         self._context = copy_context()
         self._lock = Lock()
         self._scores: dict[Hashable, Future[float]] = {}
-        self._waiting: list[Response] = []
+        self._waiting: list[tuple[Response, Future[float]]] = []
         self._batches = 0  # that are under way, one of them perhaps not yet known by its ticket
         self._tickets: list[Ticket[Tensor]] = []
         self._abandoned = False
@@ -70,10 +70,8 @@ class Ahead:
 
     def submit(self, pairs: Sequence[tuple[Chat, Response]]) -> Ticket[Tensor]:
         """The scores [len(pairs)] float32 that a search asks for, most of which may be there."""
-        responses = [response for _, response in pairs]
-        self._note(responses)
+        futures = self._note([response for _, response in pairs])
         self._ask()
-        futures = [self._scores[identity(response)] for response in responses]
         return Ticket(self._watched(gather(futures, partial(torch.tensor, dtype=torch.float32)).future))
 
     def _watched(self, future: Future[T]) -> Future[T]:
@@ -91,12 +89,15 @@ class Ahead:
         future.add_done_callback(ended)
         return future
 
-    def _note(self, responses: Sequence[Response]) -> None:
+    def _note(self, responses: Sequence[Response]) -> list[Future[float]]:
+        """Where the scores of the responses will be; those that are new wait to be asked about."""
+        keys = [identity(response) for response in responses]
         with self._lock:
-            for response in responses:
-                if (key := identity(response)) not in self._scores:
+            for key, response in zip(keys, responses, strict=True):
+                if key not in self._scores:
                     self._scores[key] = Future()
-                    self._waiting.append(response)
+                    self._waiting.append((response, self._scores[key]))
+            return [self._scores[key] for key in keys]
 
     def _ask(self) -> None:
         """Send off what waits."""
@@ -105,14 +106,13 @@ class Ahead:
             if not batch or self._abandoned:
                 return
             self._batches += 1
-        futures = [self._scores[identity(response)] for response in batch]
-        ticket = self._start(batch)
+        ticket = self._start([response for response, _ in batch])
         with self._lock:
             self._tickets.append(ticket)
             abandoned = self._abandoned
         if abandoned:
             ticket.cancel()
-        ticket.future.add_done_callback(partial(self._arrived, ticket, futures))
+        ticket.future.add_done_callback(partial(self._arrived, ticket, [future for _, future in batch]))
 
     def _start(self, batch: Sequence[Response]) -> Ticket[Tensor]:
         """Ask the reward; what it raises at once is its answer, too."""

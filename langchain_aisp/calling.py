@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Literal, cast, get_args
@@ -30,7 +30,7 @@ from langchain_aisp.tools import (
     schema_grammar,
     tool_specs,
 )
-from langchain_aisp.types import Chat, Engine, Grammar, Reader, Reward, require
+from langchain_aisp.types import Chat, Engine, Grammar, Reader, Reward, parts_of, require
 
 CALL_OPTIONS = frozenset(("parallel_tool_calls", "response_format", "strict", "tool_choice", "tools"))
 """Options of a call that say what an answer may be; ``strict`` is accepted, since every grammar is."""
@@ -232,18 +232,9 @@ def _choice(choice: Any, specs: Sequence[ToolSpec]) -> str:
 
 def judges_calls(reward: Reward) -> bool:
     """Whether a reward says that it understands tool calls: it sees whole responses, or all its parts do."""
-    return all(getattr(part, "sees", "text") == "response" for part in _parts(reward))
+    return all(getattr(part, "sees", "text") == "response" for part in parts_of(reward))
 
 
 def compares_kinds(reward: Reward) -> bool:
     """Whether a reward's scores of calls and of texts mean the same; if not, the model decides which it is."""
-    return all(getattr(part, "compares_kinds", True) for part in _parts(reward))
-
-
-def _parts(reward: Reward) -> Iterator[Reward]:
-    """The rewards that a combination is made of, however deep; of any other reward itself."""
-    parts: Sequence[Reward] = getattr(reward, "rewards", ())
-    for part in parts:
-        yield from _parts(part)
-    if not parts:
-        yield reward
+    return all(getattr(part, "compares_kinds", True) for part in parts_of(reward))

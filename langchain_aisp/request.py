@@ -215,7 +215,7 @@ class Request:
         """
         found = found if self.own is None else _beside(self.own, found)
         calls = self._equal_calls(found)
-        if len(calls) < 2 and not (calls and self.is_unjudged):
+        if not calls or (len(calls) == 1 and not self.is_unjudged):
             return found
         tokens = [each.tokens for each in calls]
         wave = Wave.saying(found.prompt, tokens, replace(self.sampling, grammar=None), {"base_logprobs"})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from asyncio import AbstractEventLoop
-from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -369,6 +369,15 @@ class Reward(Protocol):
             pairs: Conversations and candidates.
             loop: The caller's running event loop when the caller awaits the ticket; None when a thread waits for it.
         """
+
+
+def parts_of(reward: Reward) -> Iterator[Reward]:
+    """The rewards that a combination is made of, however deep; of any other reward itself."""
+    parts: Sequence[Reward] = getattr(reward, "rewards", ())
+    for part in parts:
+        yield from parts_of(part)
+    if not parts:
+        yield reward
 
 
 @dataclass(frozen=True)

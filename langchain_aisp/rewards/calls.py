@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, 
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
 from typing import Any, TypeAlias, cast
 
 from torch import Tensor
@@ -30,7 +29,7 @@ from langchain_aisp.rewards.callable import (
     scatter,
 )
 from langchain_aisp.rewards.fingerprint import digest, stable_fingerprint
-from langchain_aisp.rewards.foreign import text_of
+from langchain_aisp.rewards.foreign import since_last_user, text_of
 from langchain_aisp.rewards.said import said_in, spelled_out, values_in
 from langchain_aisp.types import Chat, Response, Reward, Ticket, aanswered, answered, require
 
@@ -272,7 +271,7 @@ def grounded_share(chat: Chat, name: str, args: Mapping[str, Any]) -> float:
 
 def covered_shares(chat: Chat, responses: Sequence[Response]) -> list[float]:
     """Share of what the user's last message spells out that each response's calls pass on, see ``CoveringCalls``."""
-    turns = list(takewhile(lambda message: message["role"] != "user", reversed(chat)))
+    turns = since_last_user(chat)
     spelled = spelled_out(text_of(chat[-len(turns) - 1])) if len(turns) < len(chat) else ()
     earlier = [call["function"] for turn in turns for call in turn.get("tool_calls") or ()]
     before = [word for call in earlier for word in _words_of(call["name"], call["arguments"])]

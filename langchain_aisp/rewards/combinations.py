@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from langchain_aisp.ahead import waits
 from langchain_aisp.futures import gather
 from langchain_aisp.rewards.base import check_scores
 from langchain_aisp.rewards.callable import as_reward
@@ -51,11 +50,6 @@ class WeightedSum:
     def partial(self) -> bool:
         """Whether all parts understand unfinished texts."""
         return all(map(is_partial, self.rewards))
-
-    @property
-    def waits(self) -> bool:
-        """Whether all parts mostly wait for somebody else."""
-        return all(map(waits, self.rewards))
 
     def submit(
         self, pairs: Sequence[tuple[Chat, Response]], *, loop: AbstractEventLoop | None = None

@@ -9,7 +9,6 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
 
-from langchain_aisp.ahead import waits
 from langchain_aisp.rewards.callable import as_reward
 from langchain_aisp.rewards.combinations import submit_all
 from langchain_aisp.rewards.fingerprint import digest
@@ -66,11 +65,6 @@ class EnsembleReward:
     def partial(self) -> bool:
         """Whether all members understand unfinished texts."""
         return all(map(is_partial, self.rewards))
-
-    @property
-    def waits(self) -> bool:
-        """Whether all members mostly wait for somebody else."""
-        return all(map(waits, self.rewards))
 
     def submit(
         self, pairs: Sequence[tuple[Chat, Response]], *, loop: AbstractEventLoop | None = None

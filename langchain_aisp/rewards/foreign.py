@@ -6,6 +6,7 @@ import json
 import re
 import uuid
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any
 
 from langchain_aisp.rewards.fingerprint import digest
@@ -38,6 +39,11 @@ def last_user_text(chat: Chat) -> str:
         if message.get("role") == "user":
             return text_of(message)
     raise ValueError("the conversation has no message with the role 'user'; pass a function that finds what you need")
+
+
+def since_last_user(chat: Chat) -> list[Mapping[str, Any]]:
+    """The messages that follow the user's last one, the latest first; all of them if there is none of the user's."""
+    return list(takewhile(lambda message: message["role"] != "user", reversed(chat)))
 
 
 def without_control_tokens(text: str) -> str:

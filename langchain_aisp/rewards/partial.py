@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from langchain_aisp.ahead import waits
 from langchain_aisp.rewards.base import RewardError, shorten
 from langchain_aisp.rewards.fingerprint import digest
 from langchain_aisp.types import Chat, Response, Reward, Ticket
@@ -59,11 +58,6 @@ class PartialReward:
     def fingerprint(self) -> str:
         """Another one than the reward's: a search that may ask for beginnings finds another answer."""
         return digest("partial", self.reward.fingerprint)
-
-    @property
-    def waits(self) -> bool:
-        """As the reward does."""
-        return waits(self.reward)
 
     def submit(
         self, pairs: Sequence[tuple[Chat, Response]], *, loop: AbstractEventLoop | None = None

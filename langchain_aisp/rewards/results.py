@@ -6,9 +6,8 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
-from itertools import takewhile
 
-from langchain_aisp.rewards.foreign import text_of
+from langchain_aisp.rewards.foreign import since_last_user, text_of
 from langchain_aisp.rewards.said import number_in, said_in, values_in
 from langchain_aisp.types import Chat
 
@@ -33,8 +32,8 @@ def told_results(chat: Chat, texts: Sequence[str]) -> list[float]:
     Returns:
         n numbers from 0 to 1.
     """
-    latest = takewhile(lambda message: message["role"] != "user", reversed(chat))
-    facts = [fact for message in latest if message["role"] == "tool" for fact in _facts(text_of(message))]
+    tools = [message for message in since_last_user(chat) if message["role"] == "tool"]
+    facts = [fact for message in tools for fact in _facts(text_of(message))]
     return [sum(map(said_in((text,)).holds, facts)) / len(facts) if facts else 1.0 for text in texts]
 
 

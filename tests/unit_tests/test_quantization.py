@@ -15,11 +15,7 @@ from langchain_aisp.rewards import as_reward
 from langchain_aisp.types import Sampling
 
 CHAT = [{"role": "user", "content": "My parcel is late."}]
-KINDS = (
-    "int8",
-    "nf4",
-    *(("torchao",) if find_spec("torchao") else ()),
-)  # .ci/run adds it
+KINDS = ["int8", "nf4"] + ["torchao"] * bool(find_spec("torchao"))  # which .ci/run adds
 
 
 def quantization(kind: str):
