@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Literal, cast, get_args
@@ -21,6 +22,7 @@ from langchain_core.runnables import Runnable, RunnableLambda, RunnableMap, Runn
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
 
+from langchain_aisp.rewards.foreign import since_last_user
 from langchain_aisp.tools import (
     TextReader,
     ToolFormat,
@@ -65,14 +67,22 @@ class Speech:
     may_call: bool = False
 
 
-def plan(engine: Engine, chat: Chat, options: Mapping[str, Any], *, grounded: bool = False) -> Speech:
+def plan(
+    engine: Engine,
+    chat: Chat,
+    options: Mapping[str, Any],
+    *,
+    grounded_arguments: bool = False,
+    grounded_answers: bool = False,
+) -> Speech:
     """Turn the options of a call into what its answer may be.
 
     Args:
         engine: Its chat template and control tokens tell the family of the model.
         chat: The conversation.
         options: Those of ``CALL_OPTIONS`` that were given.
-        grounded: Whether the arguments of calls are taken from the conversation, see ``tools.grounding``.
+        grounded_arguments: Whether the arguments of calls are taken from the conversation, see ``tools.grounding``.
+        grounded_answers: Whether names and numbers in a text that follows tools' results are.
 
     Raises:
         ValueError: A tool, a choice or a schema that cannot be followed.
@@ -88,15 +98,19 @@ def plan(engine: Engine, chat: Chat, options: Mapping[str, Any], *, grounded: bo
         )
     asked = form.instructed(chat, specs) if form.instructs else chat
     told = () if form.instructs else tuple(spec.to_openai() for spec in specs)
+    grounds = [turn["content"] for turn in chat] if grounded_arguments else None
+    text_grounds = list(_said(chat)) if grounded_answers and _follows_results(chat) else None
     if not specs or choice == "none":
-        return Speech(asked, told, _grammar(form, schema), TextReader(form.thoughts) if form.thoughts else None)
+        answer = _grammar(form, schema)
+        if schema is None and text_grounds is not None:
+            answer = form.grammar((), choice="none", text_grounds=text_grounds)
+        return Speech(asked, told, answer, TextReader(form.thoughts) if form.thoughts else None)
     require(
         schema is None or bool(form.marker),
         "This model writes calls as bare JSON, so an answer in JSON could not be told from a call. Ask for one of "
         "them: leave out response_format or the tools, or let an agent use ToolStrategy",
     )
-    grounds = [turn["content"] for turn in chat] if grounded else None
-    limits: dict[str, Any] = {"parallel": parallel, "text": schema, "grounds": grounds}
+    limits: dict[str, Any] = {"parallel": parallel, "text": schema, "grounds": grounds, "text_grounds": text_grounds}
     either, reader = form.grammar(specs, choice=choice, **limits), form.reader(specs)
     if choice != "auto":
         return Speech(asked, told, either, reader, may_call=True)
@@ -189,6 +203,19 @@ def _format_of(engine: Engine, chat: Chat) -> ToolFormat:
     """How the engine's model writes calls and thoughts."""
     form = format_for(getattr(engine, "chat_template", None), getattr(engine, "control_tokens", {}))
     return form.after(cast(Any, engine).prompt_end(chat)) if form.thoughts else form
+
+
+def _follows_results(chat: Chat) -> bool:
+    """Whether tools have answered since the user spoke."""
+    return any(turn["role"] == "tool" for turn in since_last_user(chat))
+
+
+def _said(chat: Chat) -> Iterator[str]:
+    """All texts of a conversation: what was said, and what tools were asked."""
+    for turn in chat:
+        yield turn["content"]
+        for call in turn.get("tool_calls") or ():
+            yield from (call["function"]["name"], json.dumps(call["function"]["arguments"], ensure_ascii=False))
 
 
 def _grammar(form: ToolFormat, schema: Mapping[str, Any] | None) -> Grammar | None:

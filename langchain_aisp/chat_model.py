@@ -53,8 +53,8 @@ if TYPE_CHECKING:
 DEMO = "demo"
 
 PER_CALL = frozenset(
-    """budget commit_every grounded_arguments kl_budget logprobs max_tokens method min_base_logprob model n reward seed
-    temperature timeout top_k top_logprobs top_p""".split()
+    """budget commit_every grounded_answers grounded_arguments kl_budget logprobs max_tokens method min_base_logprob
+    model n reward seed temperature timeout top_k top_logprobs top_p""".split()
 )
 """Fields that ``invoke`` and its siblings accept for one call, besides ``stop``."""
 
@@ -86,7 +86,7 @@ class AISPChatModel(BaseChatModel):
 
     ``invoke`` and its siblings take ``stop``, ``model``, ``reward``, ``method``, ``budget``, ``kl_budget``,
     ``min_base_logprob``, ``max_tokens``, ``temperature``, ``top_p``, ``top_k``, ``seed``, ``timeout``, ``logprobs``,
-    ``top_logprobs`` and ``grounded_arguments`` for a single call.
+    ``top_logprobs``, ``grounded_arguments`` and ``grounded_answers`` for a single call.
 
     Example:
         ```python
@@ -160,6 +160,13 @@ class AISPChatModel(BaseChatModel):
 
     grounded_arguments: bool | None = None
     """Whether strings and numbers in calls are taken from the conversation; ``None`` means for ``"demo"`` only."""
+
+    grounded_answers: bool | None = None
+    """Whether texts that follow tools' results take names and numbers from the conversation, so that none is invented;
+    ``None`` means for ``"demo"`` only.
+
+    Names are words with capitals that do not open a sentence, so this is not for languages that capitalise all nouns.
+    """
 
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
@@ -406,7 +413,8 @@ class AISPChatModel(BaseChatModel):
                 engine,
                 chat,
                 {name: options[name] for name in options.keys() & CALL_OPTIONS},
-                grounded=model._grounded,
+                grounded_arguments=model._takes_arguments,
+                grounded_answers=model._takes_answers,
             ),
             sampling=model._sampling,
             seed=secrets.randbits(32) if model.seed is None else model.seed,
@@ -454,9 +462,15 @@ class AISPChatModel(BaseChatModel):
         )
 
     @property
-    def _grounded(self) -> bool:
+    def _takes_arguments(self) -> bool:
         """Whether arguments are taken from the conversation."""
         return self.model == DEMO if self.grounded_arguments is None else self.grounded_arguments
+
+    @property
+    def _takes_answers(self) -> bool:
+        """Whether names and numbers of answers are taken from it; no grammar holds for what is sent block by block."""
+        unasked = self.model == DEMO and self.commit_every is None
+        return unasked if self.grounded_answers is None else self.grounded_answers
 
     @property
     def _budget(self) -> Budget:
@@ -492,7 +506,8 @@ class AISPChatModel(BaseChatModel):
             "seed": self.seed,
             "n": self.n,
             "commit_every": self.commit_every,
-            "grounded_arguments": self._grounded,
+            "grounded_arguments": self._takes_arguments,
+            "grounded_answers": self._takes_answers,
             "logprobs": self.top_logprobs or 0 if self.logprobs else None,
         }
 

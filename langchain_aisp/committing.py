@@ -78,7 +78,7 @@ def check_committing(reward: Reward, commit_every: int, look_ahead: int | None, 
     require(
         settings["sampling"].grammar is None and not settings.get("tools"),
         "commit_every sends text as it grows, and a call or an answer in JSON is worth nothing until it is whole: "
-        "leave out commit_every, or response_format and the tools",
+        "leave out commit_every, or response_format, grounded_answers and the tools",
     )
     answers = settings.get("answers", 1)
     require(answers == 1, f"commit_every writes one answer, and n={answers} were asked for; leave out one of them")

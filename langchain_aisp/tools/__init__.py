@@ -4,7 +4,7 @@ Families of models differ in data only: see ``formats``. Nothing here knows Lang
 """
 
 from langchain_aisp.tools.formats import FAMILIES, GENERIC, ToolFormat, format_for
-from langchain_aisp.tools.grounding import grounded_arguments
+from langchain_aisp.tools.grounding import grounded_arguments, grounded_text
 from langchain_aisp.tools.lark import check
 from langchain_aisp.tools.reading import TextReader, ToolReader
 from langchain_aisp.tools.spec import ToolSpec, tool_specs
@@ -22,6 +22,7 @@ __all__ = [
     "check",
     "format_for",
     "grounded_arguments",
+    "grounded_text",
     "json_grammar",
     "schema_grammar",
     "tool_specs",

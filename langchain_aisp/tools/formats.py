@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from langchain_aisp.tools.grounding import grounded_arguments
+from langchain_aisp.tools.grounding import grounded_arguments, grounded_text
 from langchain_aisp.tools.lark import LINE, PAGE, check, json_of, literal
 from langchain_aisp.tools.reading import ToolReader
 from langchain_aisp.tools.spec import ToolSpec
@@ -101,6 +101,7 @@ class ToolFormat:
         choice: str = "auto",
         parallel: bool = True,
         grounds: Sequence[str] | None = None,
+        text_grounds: Sequence[str] | None = None,
         text: Mapping[str, Any] | None = None,
     ) -> Grammar:
         """What an answer may be; thoughts may come first, and after calls it ends.
@@ -111,6 +112,8 @@ class ToolFormat:
             parallel: Whether an answer may hold several calls, up to ``MOST_CALLS``.
             grounds: Texts of the conversation; if given, the arguments are taken from them, see
                 ``grounding.grounded_arguments``.
+            text_grounds: Texts of the conversation; if given, names and numbers in the text of an answer are taken from
+                them, see ``grounding.grounded_text``.
             text: JSON schema of an answer that is no call; then there is no text beside a call.
 
         Raises:
@@ -118,10 +121,11 @@ class ToolFormat:
         """
         callable_ = _chosen(tools, choice)
         free = text is None
-        said = self._text(bool(callable_)) if text is None else _json_rule(text)
+        said = self._text(bool(callable_), text_grounds) if text is None else _json_rule(text)
         rules = [self._answer(choice if callable_ else "none", "TEXT" if free else "json"), said]
         if callable_:
-            rules += [self._opening(choice if free else "required"), self._calls(callable_, parallel)]
+            kind = choice if free else "required"
+            rules += [self._opening(kind, text_grounds is not None), self._calls(callable_, parallel)]
             rules += self._arguments(callable_, grounds)
         return Grammar("\n".join([*rules, *([self.thoughts.rules(self.ids)] if self.thoughts else [])]) + "\n")
 
@@ -159,14 +163,19 @@ class ToolFormat:
         answer = {"none": said, "auto": f"{said} | opening calls"}.get(choice, "opening calls")
         return f"start: {thought}answer\nanswer: {answer}"
 
-    def _text(self, beside_calls: bool) -> str:
+    def _text(self, beside_calls: bool, grounds: Sequence[str] | None) -> str:
         """The terminal for text. Whatever the reader would take for a mark is no text, even spelled out."""
         marks = [self.marker, self.prelude, *((self.thoughts.begin, self.thoughts.end) if self.thoughts else ())]
         some = r"/\s*[^\s{](?s:.*)/" if beside_calls and not self.marker else "/(?s:.+)/"
         without = " | ".join(literal(mark, {}) for mark in marks if mark)
-        return f"TEXT: {some} & ~(/(?s:.*)/ ({without}) /(?s:.*)/)" if without else f"TEXT: {some}"
+        unmarked = f"{some} & ~(/(?s:.*)/ ({without}) /(?s:.*)/)" if without else some
+        return (
+            f"TEXT: {unmarked}"
+            if grounds is None
+            else f"TEXT: GROUNDED & {unmarked}\n{grounded_text('GROUNDED', grounds)}"
+        )
 
-    def _opening(self, choice: str) -> str:
+    def _opening(self, choice: str, grounded: bool) -> str:
         """The rule for all that comes before the first call, up to the marker."""
         ids = self.ids
         if not self.marker:
@@ -174,7 +183,8 @@ class ToolFormat:
         if choice != "auto" or self.marker in ids:
             return f"opening: {'TEXT? ' if choice == 'auto' else ''}{literal(self.marker, ids)}"
         begin = f"& ~({literal(self.thoughts.begin, {})} /(?s:.*)/)" if self.thoughts else ""
-        return f"opening[lazy]: OPENING\nOPENING: (/(?s:.*)/ {literal(self.marker, {})}) {begin}"
+        said = "GROUNDED?" if grounded else "/(?s:.*)/"
+        return f"opening[lazy]: OPENING\nOPENING: ({said} {literal(self.marker, {})}) {begin}"
 
     def _calls(self, tools: Sequence[ToolSpec], parallel: bool) -> str:
         begin, separator, end = (literal(text, self.ids) for text in (self.begin, self.separator, self.end))

@@ -1,10 +1,10 @@
-"""Arguments that are taken from the conversation, so that a model can copy a name or a number but not invent one."""
+"""Arguments and answers out of the conversation: a model can copy a name or a number from it but not invent one."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import ge, gt, le, lt
 from typing import Any
@@ -41,10 +41,43 @@ def grounded_arguments(tools: Mapping[str, ToolSpec], texts: Sequence[str]) -> s
     Returns:
         These rules and all that they need.
     """
-    rules = _Rules(_chunks(texts), _numbers(texts))
+    rules = _Rules(_chunks(_lines(texts), write=_escaped), _numbers(texts))
     for name, tool in tools.items():
         rules.define(name, rules.value(tool.parameters, tool.parameters))
     return "\n".join([*rules.lines, *rules.terminals()])
+
+
+def grounded_text(name: str, texts: Sequence[str]) -> str:
+    """Lark terminals for text that names only what the conversation names, in words and numbers.
+
+    Words without capitals and digits are free, and so are capitalised words that open a sentence or a line, and "I".
+    Every other word occurs in the conversation; it may have its first letter capitalised. What signs join in the text,
+    as in a time, a date or a price, occurs there as a whole. Numbers may be written with or without separators of
+    thousands and with two decimals, and in digits where the conversation has them as words up to twelve.
+
+    Args:
+        name: What the terminal for such a text is to be called.
+        texts: The conversation's texts.
+
+    Returns:
+        That terminal and all that it needs.
+    """
+    lines = _lines(texts)
+    capitalised = ("".join(chunk[:1].upper() + chunk[1:] for chunk in _CHUNK.findall(line)) for line in lines)
+    said = dict.fromkeys([*lines, *capitalised, *(form for each in _numbers(texts) for form in _written(each))])
+    chunks = json.dumps({"substring_chunks": _chunks(said)}, ensure_ascii=False)
+    return "\n".join(
+        [
+            f"{name}: SIGNS? (OPENING_WORD | WORD | SAID)? (STOP OPENING_WORD | SIGNS WORD | UNJOINED SAID)* SIGNS?",
+            r"SIGNS: /\W+/",
+            r"STOP: SIGNS & /(?s:.*[.!?:;…\n].*)/",
+            r"UNJOINED: SIGNS & ~/[.,:\/@-]/",
+            r"OPENING_WORD: /\p{Lu}[\w--\p{N}]*/",
+            r'WORD: /[\w--[\p{Lu}\p{Lt}\p{N}]]+/ | "I"',
+            r"SAID: PASSAGE & /\w+([.,:\/@-]\w+)*/",
+            f"PASSAGE: %regex {chunks}",
+        ]
+    )
 
 
 @dataclass
@@ -138,13 +171,26 @@ def _says_only(schema: Any, *keywords: str) -> bool:
     return schema.keys() <= {*keywords} | _ANNOTATIONS | _DEFINITIONS
 
 
-def _chunks(texts: Sequence[str]) -> list[str]:
-    lines = dict.fromkeys(" ".join(line.split()) for text in texts for line in text.splitlines())
-    return [chunk for line in lines if line for chunk in [*map(_escaped, _CHUNK.findall(line)), "\n"]]
+def _lines(texts: Sequence[str]) -> list[str]:
+    """The distinct lines of the texts, with single spaces."""
+    lines = (" ".join(line.split()) for text in texts for line in text.splitlines())
+    return list(dict.fromkeys(filter(None, lines)))
+
+
+def _chunks(lines: Iterable[str], write: Callable[[str], str] = str) -> list[str]:
+    """Words, spaces and signs of the lines, with a break after each line."""
+    return [chunk for line in lines for chunk in [*map(write, _CHUNK.findall(line)), "\n"]]
 
 
 def _escaped(chunk: str) -> str:
     return json.dumps(chunk, ensure_ascii=False)[1:-1]
+
+
+def _written(number: float) -> Iterator[str]:
+    """How people write a number."""
+    exact, cents = f"{number:,}", f"{number:,.2f}" if isinstance(number, float) else f"{number:,}.00"
+    for form in (exact, cents):
+        yield from (form, form.replace(",", ""))
 
 
 def _numbers(texts: Sequence[str]) -> list[float]:

@@ -1,6 +1,7 @@
 """Tools and structured output of the chat model, on random weights: whatever such a model says obeys the grammar."""
 
 import json
+import re
 from typing import Literal, TypedDict
 
 import pytest
@@ -238,6 +239,49 @@ def test_a_history_of_calls_and_results_is_rendered(engine):
     text = engine.tokenizer.decode(engine.tokenize(speech.chat))
     assert "look_up" in text
     assert "Error: no such order" in text
+
+
+def test_grounded_answers_name_what_the_conversation_names(hermes):
+    history = [
+        SystemMessage("You are Ann's bot."),
+        HumanMessage("Where is 17?"),
+        AIMessage("", tool_calls=[{"name": "look_up", "args": {"order": "17", "urgent": True}, "id": "a"}]),
+        ToolMessage("in Lima", tool_call_id="a"),
+    ]
+    chat = model(hermes, grounded_answers=True)
+    for bound in (chat, chat.bind_tools([look_up]), chat.bind_tools([look_up], tool_choice="none")):
+        grammar = _speech(bound, history).grammar
+        assert matching.accepts(grammar, "It is in Lima, says Ann of 17.")
+        assert not matching.accepts(grammar, "It is in Paris.")
+        assert not matching.accepts(grammar, "It is 18.")
+    for asked in (history[:2], [*history, AIMessage("In Lima."), HumanMessage("And then?")]):
+        assert _speech(chat, asked).grammar is None  # no tool has answered
+    assert matching.accepts(_speech(chat.bind_tools([look_up]), history[:2]).grammar, "It is in Paris.")
+    assert _speech(model(hermes), history).grammar is None
+    assert _speech(model(hermes), history, grounded_answers=True).grammar is not None
+
+
+def test_the_demo_grounds_its_answers_but_not_what_it_sends_block_by_block():
+    history = [HumanMessage("Where is 17?"), ToolMessage("in Lima", tool_call_id="a")]
+    demo = AISPChatModel(model="demo", method=METHOD, max_tokens=8)
+    partial = as_reward(lambda chat, texts: [0.0] * len(texts), partial=True)
+    assert _speech(demo, history).grammar is not None
+    assert _speech(demo, history, commit_every=4).grammar is None
+    assert _speech(demo, history, grounded_answers=False).grammar is None
+    with pytest.raises(ValueError, match="leave out commit_every, or .*grounded_answers"):
+        demo.invoke(history, commit_every=4, grounded_answers=True, reward=partial)
+
+
+def _speech(bound, history, **options):
+    chat, kwargs = (bound.bound, bound.kwargs) if hasattr(bound, "bound") else (bound, {})
+    return chat._request(history, None, {**kwargs, **options}).speech
+
+
+def test_random_weights_say_grounded_answers_to_their_end(hermes):
+    history = [HumanMessage("Where is 17?"), ToolMessage("in Lima", tool_call_id="a")]
+    answer = model(hermes, max_tokens=200, grounded_answers=True).invoke(history).text
+    assert answer
+    assert set(re.findall(r"\d+", answer)) <= {"17", "00"}  # "17.00" is a way to write 17
 
 
 @pytest.mark.parametrize("schema", [Verdict, VerdictV1, VerdictDict, Verdict.model_json_schema()])

@@ -1,11 +1,13 @@
-"""Grounded arguments are spans of the conversation and numbers that occur in it."""
+"""Grounded arguments are spans of the conversation and numbers in it; grounded texts name only what it names."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from langchain_aisp.tools import GENERIC, ToolSpec
-from tests.matching import accepts
+from langchain_aisp.tools import FAMILIES, GENERIC, Thoughts, ToolSpec
+from langchain_aisp.tools.formats import HERMES, LLAMA
+from tests.matching import accepts, may_begin
 
 TEXTS = [
     "Please book a table for two at “Chez Ann” in Saint-Denis,  Île-de-France!\nAt 7:30, for 1,250 €; not -4.5.",
@@ -137,3 +139,92 @@ def test_a_long_conversation_compiles():
     long = [f"Word{index} " * 3 + f"and {index}." for index in range(600)]
     assert takes({"a": {"type": "string"}, "b": {"type": "integer"}}, {"a": "Word599 Word599", "b": 599}, texts=long)
     assert not takes({"a": {"type": "string"}}, {"a": "Word599 Word598"}, texts=long)
+
+
+# -- grounded texts ---------------------------------------------------------------------------------------------------
+
+TOLD = [
+    "Where is order 8812, since 14:30? And the two others of ann?",
+    '{"status": "on its way to West Lima, TX", "price": 1200.5, "code": "Q7-40"}',
+    "Total: 15,000 pieces for Île-de-France.",
+]
+
+
+def says(text, form=HERMES, texts=TOLD, tools=(), **limits):
+    return accepts(form.grammar(tools, text_grounds=texts, **limits), text, control=False)
+
+
+@pytest.mark.parametrize("form", FAMILIES, ids=lambda form: form.name)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Your order 8812 is on its way to West Lima, TX. It's late, I'm sorry: Goodbye!",
+        "- Order\n- (8812)\n\n**Lima**, lima",
+        "for 1,200.50 €, or 1200.5, or 1,200.5, or 1200.50",
+        "15000 or 15,000 or 15,000.00",
+        "at 14:30, code Q7-40",
+        "2 or two others, says Ann to ann",
+        "in Île-de-France…",
+        "在路上",
+    ],
+)
+def test_texts_name_what_the_conversation_names(text, form):
+    assert says(text, form)
+    assert all(may_begin(form.grammar((), text_grounds=TOLD), text[:end], control=False) for end in range(len(text)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It is in Lim",
+        "it is in Limas",
+        "it is in Paris",
+        "is it IT?",
+        "order 8813",
+        "order 881",
+        "at 14.30",
+        "at 14:31",
+        "code Q7-41",
+        "1,201 €",
+        "12.005",
+        "3 others",
+        "x2",
+    ],
+)
+def test_texts_name_nothing_else(text):
+    assert says(text, texts=None)
+    assert not says(text)
+
+
+def test_a_name_that_was_begun_is_finished():
+    grammar = HERMES.grammar((), text_grounds=TOLD)
+    assert may_begin(grammar, "it is in Li", control=False)
+    assert not may_begin(grammar, "it is in Li,", control=False)
+    assert not may_begin(grammar, "it is in Le", control=False)
+
+
+@pytest.mark.parametrize("form", [HERMES, LLAMA], ids=lambda form: form.name)
+def test_grounded_texts_stand_beside_calls_and_thoughts(form):
+    tool = ToolSpec("f", "", '{"type": "object", "properties": {"x": {"type": "string"}}}')
+    call = form.write([("f", {"x": "Paris"})])
+    assert says(call, form, tools=[tool])
+    assert says("in Lima", form, tools=[tool])
+    assert not says("in Paris", form, tools=[tool])
+    if form.marker:
+        assert says("in Lima" + call, form, tools=[tool])
+        assert not says("in Paris" + call, form, tools=[tool])
+    thinking = replace(form, thoughts=Thoughts("«think»", "«/think»"))
+    assert says("«think»Is it Paris, 99?«/think»in Lima", thinking, tools=[tool])
+    assert not says("«think»Is it Lima?«/think»in Paris", thinking, tools=[tool])
+
+
+def test_an_empty_conversation_leaves_words():
+    assert says("Good to hear, I think. Bye!", texts=[])
+    assert not says("Good to hear, Ann", texts=[" \n"])
+
+
+def test_texts_of_a_long_conversation_compile():
+    long = [f"Word{index} " * 3 + f"and {index}." for index in range(600)]
+    assert says("it is Word599 and 599", texts=long)
+    assert not says("it is Word600", texts=long)
+    assert says("9" * 300, texts=["9" * 300])
