@@ -2,6 +2,7 @@
 
 Why: a method of many parts may owe everything to one of them. An ingredient that is an option of `AISP` is changed by
 that option; one that is not is replaced in a small subclass here, which overrides a verb and leaves the rest alone.
+All arms decode whole waves, so that nothing else differs, and one shows what rows in the places of others change.
 The prompts are dev prompts, since what is learnt here may change the method; the reward, the gold reward, the
 log-probability of the answers and the costs stand beside each other. Runs are kept one by one, as in
 `benchmarks.comparison`.
@@ -31,7 +32,7 @@ from langchain_aisp.methods.weights import complete_first, importance_weights
 from langchain_aisp.noise import fold, uniform, wave_keys
 from langchain_aisp.types import Info, Method, Problem, Rollouts, Sampling, Wave, require
 
-DEFAULT = "default"
+DEFAULT = "default in whole waves"
 WAVE = 32
 ALIKE = 1e6  # a reward temperature at which all parents weigh the same
 _CUTS, _PARENTS, _SHARES = -1, -2, -3  # folded into keys; negative, since rows fold their own numbers into them
@@ -55,7 +56,7 @@ class UniformCuts(AISP):
         parents = draw_parents(parent_weights(population), _row_keys(state, _PARENTS, len(wave)))
         cut = (uniform(_row_keys(state, _CUTS, len(wave))) * population.lengths[parents]).long()
         kept = torch.arange(wave.prefix.shape[1]) < cut[:, None]
-        fresh = wave_keys(wave.prompt.key, state.iteration, torch.arange(len(wave)), wave.prefix.shape[1])
+        fresh = wave_keys(wave.prompt.key, state.waves, torch.arange(len(wave)), wave.prefix.shape[1])
         return replace(
             wave,
             prefix=torch.where(kept, population.tokens[parents], 0),
@@ -91,9 +92,9 @@ class WithReplacement(AISP):
         if state.population is None:
             return super().propose(state)
         one, forgetful = sized(self, 1), replace(state, visited=state.visited[:0])
-        first = -(state.iteration * self.samples)  # below all iterations, so that no noise is used twice
+        first = -(state.waves * self.samples)  # below all iterations, so that no noise is used twice
         numbers = range(first, first - self.wave_size(state), -1)
-        return side_by_side([one.propose(replace(forgetful, iteration=number)) for number in numbers])
+        return side_by_side([one.propose(replace(forgetful, waves=number)) for number in numbers])
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,10 @@ class ByParent(AISP):
         offset = float(uniform(_row_keys(state, _SHARES, 1)))
         counts = shares(self.weights(population), self.wave_size(state), offset)
         alone = [only(state, population, row) for row in range(len(population))]
-        first = -(state.iteration * self.population)  # below all iterations, so that no noise is used twice
+        first = -(state.waves * self.population)  # below all iterations, so that no noise is used twice
         return side_by_side(
             [
-                sized(self, count).propose(replace(alone[row], iteration=first - row))
+                sized(self, count).propose(replace(alone[row], waves=first - row))
                 for row, count in enumerate(counts)
                 if count > 0
             ]
@@ -250,7 +251,7 @@ def side_by_side(waves: Sequence[Wave]) -> Wave:
 
 def _row_keys(state: AISPState, purpose: int, count: int) -> Tensor:
     """One key per row of the state's wave."""
-    return fold(fold(fold(state.problem.prompt.key, state.iteration), purpose), torch.arange(count))
+    return fold(fold(fold(state.problem.prompt.key, state.waves), purpose), torch.arange(count))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,10 +261,11 @@ def _row_keys(state: AISPState, purpose: int, count: int) -> Tensor:
 def arms(samples: int, sampling: Sampling) -> list[Arm]:
     """The default first, then one arm per change, named by what it changes."""
     waves = max(1, samples // WAVE)
-    size: dict[str, Any] = {"samples": samples, "iterations": waves}
+    size: dict[str, Any] = {"samples": samples, "iterations": waves, "refill": 1.0}
     others = [number for number in (1, 2, 4, 8, 16, 32) if number not in (waves, 1) and number <= samples]
     methods: dict[str, Method[Any]] = {
         DEFAULT: AISP(**size),
+        "refill: as in the default": AISP(samples=samples, iterations=waves),
         "branching: none, plain samples": BestOfN(samples, samples_per_wave=WAVE),
         "branching: uniform cuts": UniformCuts(**size),
         "branching: uniform positions": UniformPositions(**size),
@@ -274,7 +276,7 @@ def arms(samples: int, sampling: Sampling) -> list[Arm]:
         "lambda: by parent, all alike": ByParent(**size, reward_temperature=ALIKE),
         **{f"control: shared, {kl:g} nats": AISP(**size, control_kl=kl) for kl in (0.1, 0.3)},
         **{f"control: per position, {kl:g} nats": PositionControl(**size, control_kl=kl) for kl in (0.1, 0.3)},
-        **{f"waves: {number}": AISP(samples=samples, iterations=number) for number in others},
+        **{f"waves: {number}": AISP(**{**size, "iterations": number}) for number in others},
         **{f"decode: cooling {each:g}": AISP(**size, cooling=each) for each in (0.0, 0.5, 1.0)},
         "published: argmax": PublishedAISP(WAVE, waves),
         "published: sample": PublishedAISP(WAVE, waves, decode="sample"),

@@ -23,6 +23,7 @@ from langchain_aisp.types import (
     Crediting,
     Deciding,
     Engine,
+    Flowing,
     Info,
     Method,
     Problem,
@@ -89,6 +90,11 @@ class Budget:
     def deadline(self, start: float) -> float | None:
         """When decoding must end, on the clock of ``start``; None for no limit."""
         return None if self.seconds is None else start + self.seconds
+
+    def is_spent(self, samples: int, seconds: float) -> bool:
+        """Whether nothing more may be decoded."""
+        none_left = self.samples is not None and samples >= self.samples
+        return none_left or (self.seconds is not None and seconds >= self.seconds)
 
     def reason_to_stop(self, now: Iteration, best: Candidate) -> Stopped | None:
         """Which limit the search has reached after an iteration, if any."""
@@ -193,10 +199,12 @@ class Candidate:
         response: What was said.
         reward: Its score; higher is better.
         iteration: The iteration that decoded it.
-        row: Its row in that iteration's wave.
+        row: Its row in that iteration's wave; where rows take the places of others, its number in the order of ends.
         tokens: Its token ids, the end token included.
         base_logprob: Log-probability of the tokens, in nats, as ``Budget.min_base_logprob`` takes it; None if unknown.
         kl: Nats by which the tokens were steered away from the model; None without a ``Budget.kl_budget``.
+        cut: Number of tokens that it began with; the others were decoded.
+        known: Number of candidates that were there when it was begun, and that it may have these tokens from.
     """
 
     response: Response
@@ -206,6 +214,8 @@ class Candidate:
     tokens: tuple[int, ...]
     base_logprob: float | None = None
     kl: float | None = None
+    cut: int = 0
+    known: int = 0
 
     @property
     def rank(self) -> tuple[bool, float, int, int]:
@@ -300,6 +310,7 @@ def search(
     *,
     answers: int = 1,
     partial: bool = False,
+    whole: bool = False,
     clock: Callable[[], float] = time.monotonic,
     start: float | None = None,
 ) -> Search:
@@ -313,6 +324,7 @@ def search(
         budget: When to stop, and how far an answer may part from the model.
         answers: How many distinct responses are wanted within ``budget.min_base_logprob``.
         partial: Whether the rewards understand unfinished texts: then a method may ask what beginnings earn.
+        whole: Whether all rows of a wave are scored together, so that no row takes the place of one that has ended.
         clock: Tells the time in seconds.
         start: When the search began, on that clock; by default when it is first advanced.
 
@@ -330,6 +342,8 @@ def search(
     candidates: list[Candidate] = []
     trace: list[Iteration] = []
     sampled_tokens, reward_seconds = 0, 0.0
+    scored: list[Tensor] = []  # rewards of this iteration
+    begun: list[tuple[int, int]] = []  # cut and known candidates of the rows that go on
     stopped: Stopped | None = None
     while stopped is None:
         if partial:
@@ -339,7 +353,8 @@ def search(
         wave = method.propose(state)
         if budget.samples is not None:
             wave = first_rows(wave, budget.samples - len(candidates))
-        wave = spending.bound(wave)
+        begun += [(cut, len(candidates)) for cut in wave.cut[len(begun) :].tolist()]
+        wave = spending.bound(replace(wave, enough=None) if whole else wave)
         rollouts = cast(Rollouts, (yield wave))
         sampled_tokens += rollouts.sampled_tokens
 
@@ -348,12 +363,17 @@ def search(
         reward_seconds += clock() - asked
 
         state, info = method.update(state, wave, rollouts, rewards)
-        candidates += _candidates(len(trace), rollouts, rewards, spending.charge(wave, rollouts))
+        nats = spending.charge(wave, rollouts)
+        candidates += _candidates((len(trace), sum(map(len, scored))), rollouts, rewards, nats, begun)
+        begun = [] if rollouts.unfinished is None else [begun[row] for row in rollouts.unfinished.nonzero().flatten()]
+        scored.append(rewards)
+        if isinstance(state, Flowing) and state.goes_on and not budget.is_spent(len(candidates), clock() - start):
+            continue
         best = yield from ranking.best(candidates, state)
         now = Iteration(
             iteration=len(trace),
             best=best.reward,
-            mean=float(rewards.mean()),
+            mean=float(torch.cat(scored).mean()),
             info=info,
             seconds=clock() - start,
             samples=len(candidates),
@@ -366,6 +386,7 @@ def search(
             kl=best.kl,
         )
         trace.append(now)
+        scored.clear()
         yield now
         stopped = budget.reason_to_stop(now, best) or _end(method, state, now)
     ranked = yield from ranking.all(candidates, state, answers)
@@ -392,13 +413,25 @@ def _end(method: Method[Any], state: object, now: Iteration) -> Stopped | None:
     """Whether the method has come to its end."""
     if isinstance(state, Deciding) and state.finished:
         return "finished"
+    if isinstance(state, Flowing):
+        return "iterations" if state.exhausted else None
     return "iterations" if now.iteration + 1 == method.iterations else None
 
 
 def first_rows(wave: Wave, count: int) -> Wave:
     """The wave's first ``count`` rows; steering is indexed by row, so it serves them unchanged."""
     spent = None if wave.kl_spent is None else wave.kl_spent[:count]
-    return replace(wave, prefix=wave.prefix[:count], cut=wave.cut[:count], keys=wave.keys[:count], kl_spent=spent)
+    warm = None if wave.temperatures is None else wave.temperatures[:count]
+    enough = None if wave.enough is None else min(wave.enough, count)
+    return replace(
+        wave,
+        prefix=wave.prefix[:count],
+        cut=wave.cut[:count],
+        keys=wave.keys[:count],
+        kl_spent=spent,
+        temperatures=warm,
+        enough=enough,
+    )
 
 
 class Settings(TypedDict, total=False):
@@ -560,7 +593,15 @@ def _start(engine: Engine, reward: Reward, method: Method[Any], chat: Chat, sett
     budget = settings.get("budget", Budget())
     problem = Problem(prompt, settings["sampling"], engine.head)
     partial = bool(getattr(reward, "partial", False))
-    steps = search(method, problem, budget, answers=settings.get("answers", 1), partial=partial, start=start)
+    steps = search(
+        method,
+        problem,
+        budget,
+        answers=settings.get("answers", 1),
+        partial=partial,
+        whole=partial or waits(reward),  # either asks for something once per wave
+        start=start,
+    )
     return _Run(engine, reward, prompt.chat, steps, budget.deadline(start))
 
 
@@ -587,13 +628,29 @@ def _distinct(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
     return tuple(found.values())
 
 
-def _candidates(iteration: int, rollouts: Rollouts, rewards: Tensor, nats: Sequence[float | None]) -> list[Candidate]:
-    """A wave's rows as candidates, each steered by so many nats."""
-    written = [row[:length] for row, length in zip(rollouts.tokens.tolist(), rollouts.lengths.tolist(), strict=True)]
-    rows = zip(rollouts.responses, rewards.tolist(), written, nats, strict=True)
+def _candidates(
+    first: tuple[int, int],
+    rollouts: Rollouts,
+    rewards: Tensor,
+    nats: Sequence[float | None],
+    begun: Sequence[tuple[int, int]],
+) -> list[Candidate]:
+    """A wave's ended rows as candidates, from this iteration and row on; ``nats`` and ``begun`` are of all its rows."""
+    iteration, place = first
+    tokens, lengths = rollouts.tokens.tolist(), rollouts.lengths.tolist()
+    ended = zip(rollouts.ended.tolist(), rollouts.responses, rewards.tolist(), strict=True)
     return [
-        Candidate(response, reward, iteration, row, tuple(tokens), kl=kl)
-        for row, (response, reward, tokens, kl) in enumerate(rows)
+        Candidate(
+            response,
+            reward,
+            iteration,
+            number,
+            tuple(tokens[row][: lengths[row]]),
+            kl=nats[row],
+            cut=begun[row][0],
+            known=begun[row][1],
+        )
+        for number, (row, response, reward) in enumerate(ended, start=place)
     ]
 
 

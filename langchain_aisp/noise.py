@@ -7,13 +7,19 @@ hash is the finaliser of SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable 
 from __future__ import annotations
 
 import math
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _GOLDEN = -0x61C8864680B583EB  # 2**64 / golden ratio, as a signed 64-bit integer
 _MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
 _MIX_2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+
+_U_GOLDEN, _U_MIX_1, _U_MIX_2 = (np.uint64(each % (1 << 64)) for each in (_GOLDEN, _MIX_1, _MIX_2))
+_U27, _U30, _U31 = np.uint64(27), np.uint64(30), np.uint64(31)
+_Words: TypeAlias = "np.ndarray[Any, np.dtype[np.uint64]]"
 
 UNIFORM_STREAM = 1
 NORMAL_STREAM = 2
@@ -39,7 +45,24 @@ def _mix(x: Tensor) -> Tensor:
 def fold(keys: Tensor | int, data: Tensor | int) -> Tensor:
     """New int64 keys from keys and integers, broadcast against each other."""
     keys, data = torch.as_tensor(keys, dtype=torch.int64), torch.as_tensor(data, dtype=torch.int64)
+    if keys.device.type == data.device.type == "cpu":
+        return torch.from_numpy(_fold_numpy(keys.numpy(), data.numpy()))
     return _mix(_mix(keys + _GOLDEN) ^ _mix(data * _GOLDEN + _MIX_1))
+
+
+def _mix_numpy(x: _Words) -> _Words:
+    """``_mix``; on a CPU numpy's calls cost a fifth of torch's, which is most of the cost for small arrays."""
+    x = (x ^ (x >> _U30)) * _U_MIX_1
+    x = (x ^ (x >> _U27)) * _U_MIX_2
+    return x ^ (x >> _U31)
+
+
+def _fold_numpy(keys: Any, data: Any) -> Any:
+    with np.errstate(over="ignore"):  # numpy warns of numbers that wrap around, though not of arrays
+        keys, data = np.asarray(keys).view(np.uint64), np.asarray(data).view(np.uint64)
+        return np.asarray(_mix_numpy(_mix_numpy(keys + _U_GOLDEN) ^ _mix_numpy(data * _U_GOLDEN + _U_MIX_1))).view(
+            np.int64
+        )
 
 
 def uniform(keys: Tensor, stream: int = UNIFORM_STREAM) -> Tensor:

@@ -140,6 +140,11 @@ class Wave:
             tokens of ``KL(steered ‖ unsteered)``, both at temperature 1 among the tokens allowed there, before top-p
             and top-k. Where the next token would pass it, the offset is scaled down. None for no bound.
         kl_spent: [N] float64, nats of the budget that each row's kept tokens have taken; None for none.
+        temperatures: [N] float32, each row's own temperature in place of the sampling's; None for that.
+        enough: So many ended rows are enough: the others come back as far as they are, to go on in another wave as its
+            first rows, in their order. None waits for all, as does an engine that decodes the wave in parts.
+        held: What the rollouts of unfinished rows brought beside them (``Rollouts.held``), so that nothing has to be
+            read again when they go on; the tokens are the same without it.
     """
 
     prompt: Prompt
@@ -152,6 +157,9 @@ class Wave:
     forced: bool = False
     kl_budget: float | None = None
     kl_spent: Tensor | None = None
+    temperatures: Tensor | None = None
+    enough: int | None = None
+    held: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Reject a budget that bounds nothing."""
@@ -249,12 +257,14 @@ class Rollouts:
     Attributes:
         tokens: [N, L] int64 with the kept prefix and, where one was drawn, the end token; -1 after the end.
         lengths: [N] int64, tokens per row, the end token included.
-        responses: N candidates.
+        responses: The candidates, one for each row that has ended: N of them, unless the wave had enough before.
         sampled_tokens: Tokens that were decoded for this wave, kept prefixes not counted.
         observed: What the wave asked to observe, on the CPU, defined at the decoded positions (from ``cut`` on):
             ``base_logprobs`` [N, L]; ``alternatives`` [N, L, K] token ids with ``alternative_logprobs`` [N, L, K];
             ``scores`` and ``prelogits`` [N, L, D] float32. Of a steered wave with a KL budget also ``kl`` [N, L]
             float32, the nats that each position has taken of it.
+        unfinished: [N] bool, the rows that were still being decoded when the wave had enough; None for none.
+        held: What the engine remembers of these, for the wave in which they go on.
     """
 
     tokens: Tensor
@@ -262,10 +272,17 @@ class Rollouts:
     responses: tuple[Response, ...]
     sampled_tokens: int
     observed: Mapping[str, Tensor] = field(default_factory=dict)
+    unfinished: Tensor | None = None
+    held: Any = field(default=None, repr=False)
+
+    @property
+    def ended(self) -> Tensor:
+        """[E] int64, the rows that have ended, whose responses these are."""
+        return torch.arange(len(self.tokens)) if self.unfinished is None else (~self.unfinished).nonzero().squeeze(1)
 
     @property
     def complete(self) -> Tensor:
-        """[N] bool, False where a response was cut off."""
+        """[E] bool, False where a response was cut off."""
         return torch.tensor([response.complete for response in self.responses], dtype=torch.bool)
 
 
@@ -431,6 +448,23 @@ class Deciding(Protocol):
     @property
     def finished(self) -> bool:
         """Whether nothing is left to propose."""
+
+
+@runtime_checkable
+class Flowing(Protocol):
+    """A state of a search whose waves come back before all rows have ended, so that an iteration takes several.
+
+    Without it each wave is an iteration, and the search ends after ``Method.iterations`` of them; with it after at most
+    so many.
+    """
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether more belongs to the present iteration."""
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether all responses that the method plans are there."""
 
 
 @runtime_checkable

@@ -119,7 +119,10 @@ class ToyEngine:
             for row, length, limit in zip(tokens, lengths, limits, strict=True)
         ]
         observed = self.blank(wave)
-        while None in reasons:
+        enough = rows_of_wave if wave.enough is None else wave.enough
+        warm = torch.full((rows_of_wave,), wave.sampling.temperature)
+        temperatures = warm if wave.temperatures is None else wave.temperatures
+        while None in reasons and rows_of_wave - reasons.count(None) < enough:
             if cancelled is not None and cancelled.is_set():
                 raise CancelledError
             if deadline is not None and self.clock() >= deadline:
@@ -133,7 +136,7 @@ class ToyEngine:
             if wave.steering is not None:
                 seen = None if wave.steering.open_loop else hidden
                 steered = hidden + wave.steering.offset(rows, positions, keys, seen)
-            drawn = self.draw(self.logits(steered, positions, wave.sampling), keys, wave.sampling)
+            drawn = self.draw(self.logits(steered, positions, wave.sampling), keys, temperatures[rows], wave.sampling)
             if wave.forced:
                 drawn = wave.prefix[rows, positions]
             self.observe(observed, rows, positions, hidden, self.logits(hidden, positions, wave.sampling), drawn)
@@ -144,8 +147,10 @@ class ToyEngine:
         responses = tuple(
             Response(self.text(row[:length].tolist(), wave.sampling.stop), reason)  # type: ignore[arg-type]
             for row, length, reason in zip(tokens, lengths, reasons, strict=True)
+            if reason is not None
         )
-        return Rollouts(tokens, lengths, responses, int((lengths - wave.cut).sum()), observed)
+        unfinished = torch.tensor([reason is None for reason in reasons]) if None in reasons else None
+        return Rollouts(tokens, lengths, responses, int((lengths - wave.cut).sum()), observed, unfinished)
 
     def prelogits(self, prompt: Prompt, tokens: Tensor, positions: Tensor) -> Tensor:
         """Pre-logits [r, D] at the positions [r] that the tokens [r, L] are about to fill."""
@@ -163,10 +168,10 @@ class ToyEngine:
         logits[positions < sampling.min_tokens, END] = -torch.inf
         return logits
 
-    def draw(self, logits: Tensor, keys: Tensor, sampling: Sampling) -> Tensor:
+    def draw(self, logits: Tensor, keys: Tensor, temperature: Tensor, sampling: Sampling) -> Tensor:
         """One token [r] per row."""
         rows = len(logits)
-        temperature, top_p = torch.full((rows,), sampling.temperature), torch.full((rows,), sampling.top_p)
+        top_p = torch.full((rows,), sampling.top_p)
         return draw(logits, uniform(keys), temperature, top_p, torch.full((rows,), sampling.top_k))
 
     def blank(self, wave: Wave) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ import copy
 import inspect
 import sys
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -36,12 +36,30 @@ class Store(Protocol):
         """Keep only these rows [r] (indices into the present ones)."""
 
 
+class RaggedStore(Store, Protocol):
+    """A store whose rows may have different lengths, so that one may take another's place."""
+
+    column: int
+
+    def remember(self, places: Tensor, chains: Sequence[tuple[int, ...]]) -> None:
+        """Keep what was read of the chains that rows in these places [m] begin with; the newest and most used of it."""
+
+    def recall(self, chains: Sequence[tuple[int, ...]]) -> tuple[list[int], Self]:
+        """Which of the chains need not be read again, and a store of rows that begin with them."""
+
+    def put(self, places: Tensor, other: Self) -> None:
+        """Give some places [m] to the m rows of another store on the same prompt."""
+
+    def __len__(self) -> int:
+        """Number of places."""
+
+
 class Cache(Protocol):
     """How one model remembers.
 
     Attributes:
         name: Short name for logs.
-        ragged: Whether rows of one store may have different lengths.
+        ragged: Whether rows of one store may have different lengths; then its stores are ``RaggedStore``.
         divisible: Whether what was read of a prompt serves its beginnings, too.
         device: Where the model wants its token ids.
     """

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from langchain_aisp import noise
-from langchain_aisp.engine.cache import Cache
+from langchain_aisp.engine.cache import Cache, RaggedStore
 from langchain_aisp.engine.deviation import within
 from langchain_aisp.engine.grammar import Grammars, Matchers
 from langchain_aisp.engine.memory import ALTERNATIVES
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from langchain_aisp.engine.graphs import StepGraphs
 
 _ROW_MULTIPLE = 4  # a CPU's matrix products give a row the same bits for any count of rows from four on
+_IDLE_SHARE = 8  # one place in so many may be idle: to give some up costs a copy of the others
 _REASONS: tuple[FinishReason, ...] = ("stop", "length", "timeout")
 
 S = TypeVar("S")
@@ -85,11 +86,30 @@ class SteeredHead:
         return (self._edit(arguments[0]), *arguments[1:])
 
 
+class Held:
+    """A store whose rows go on in another wave. Going on changes it, so whoever takes it first has it alone."""
+
+    def __init__(self, store: RaggedStore, places: Tensor) -> None:
+        """Hold a store in which the rows, in the order of their wave, have these places [c]."""
+        self._store: RaggedStore | None = store
+        self._places = places
+
+    def take(self, count: int) -> tuple[RaggedStore, Tensor, Tensor] | None:
+        """The store, the places of its rows and the others; None if it is gone or has too few for ``count`` rows."""
+        store, self._store = self._store, None
+        if store is None or len(store) < count:
+            return None
+        taken = torch.zeros(len(store), dtype=torch.bool, device=self._places.device)
+        taken[self._places] = True
+        return store, self._places, (~taken).nonzero().squeeze(1)
+
+
 class Rows:
     """Some rows of one wave while they are decoded.
 
     ``live`` lists the rows that hold a place in the batch. A row that ends keeps its place, idly, until a few places
-    can be given up at once, since giving them up copies the rows that stay.
+    can be given up at once, since giving them up copies the rows that stay; or until the wave has enough, since then
+    other rows take these places.
     """
 
     def __init__(
@@ -116,8 +136,9 @@ class Rows:
         self.length = self.cut.clone()
         self.keys = wave.keys[index].to(device)
         self.uniforms = noise.uniform(self.keys)
-        self.choices = (  # tensors, so that a step makes none out of Python numbers
-            torch.tensor(self.sampling.temperature, device=device),
+        temperature = torch.tensor(self.sampling.temperature)
+        self._choices = (  # tensors, so that a step makes none out of Python numbers
+            (temperature if wave.temperatures is None else wave.temperatures[index]).to(device),
             torch.tensor(self.sampling.top_p, device=device),
             torch.tensor(self.sampling.top_k, device=device),
         )
@@ -132,8 +153,13 @@ class Rows:
         self._end(self.length >= self.limit, "length")
         last = self.tokens.gather(1, (self.cut - 1).clamp(min=0)[:, None]).squeeze(1)
         self._end((self.cut > 0) & vocabulary.ends[last.clamp(min=0)], "stop")
+        self._ragged = cache.ragged
+        self.enough = wave.enough if len(index) == len(wave) else None
         self.live = (self.reason < 0).nonzero().squeeze(1)
-        self.store: Any = self._open(cache, prompt) if len(self.live) else None
+        self.has_enough = self._has_enough(len(self.live))
+        self.store: Any = self._go_on(cache, prompt) or (
+            self._open(cache, prompt, self.live) if len(self.live) else None
+        )
         self.matchers = self._open_matchers()
         self.kl_left = self._nats_to_spend()
         self.observed = self._room_for_observations(width)
@@ -142,6 +168,25 @@ class Rows:
     def __len__(self) -> int:
         """Places held in the batch."""
         return len(self.live)
+
+    def choices(self) -> Sequence[Tensor]:
+        """Temperature, top-p and top-k of the live rows, [r] each."""
+        return [each[self.live] if each.dim() else each.expand(len(self)) for each in self._choices]
+
+    def hold(self) -> Held | None:
+        """What unfinished rows need in order to go on in another wave; None where the cache reads it again."""
+        unfinished = self.reason[self.live] < 0
+        places, others = unfinished.nonzero().squeeze(1), (~unfinished).nonzero().squeeze(1)
+        if not self._ragged or not len(places) or self.store.column == 0:
+            return None
+        if len(others):
+            self.store.remember(others, self._chains(self.live[others]))
+        return Held(self.store, places[self.live[places].argsort()])
+
+    @property
+    def unfinished(self) -> Tensor:
+        """[n] bool, the rows that have not ended."""
+        return self.reason < 0
 
     @property
     def position(self) -> Tensor:
@@ -257,7 +302,7 @@ class Rows:
         return [self.tokens[row, : lengths[row]].tolist() for row in rows]
 
     def finish_reasons(self, rows: Sequence[int] | None = None) -> list[FinishReason]:
-        """Why each of these rows ended, or of all."""
+        """Why each of these rows ended, or of all; what is said of an unfinished one means nothing."""
         reasons = self.reason.tolist()
         return [_REASONS[reasons[row]] for row in (range(len(reasons)) if rows is None else rows)]
 
@@ -266,12 +311,42 @@ class Rows:
         first = torch.full((len(rows), 1), self.wave.prompt.ids[-1], device=self.tokens.device)
         return torch.cat([first, self.tokens[rows]], dim=1)
 
-    def _open(self, cache: Cache, prompt: Any) -> Any:
-        kept = self.position
-        streams = self._stream(self.live).tolist()
-        chains = [tuple(stream[:count]) for stream, count in zip(streams, kept.tolist(), strict=True)]
-        longest, parents = maximal_chains(chains)
-        return cache.open(prompt, longest, torch.tensor(parents, device=self.live.device), kept)
+    def _open(self, cache: Cache, prompt: Any, rows: Tensor) -> Any:
+        longest, parents = maximal_chains(self._chains(rows))
+        return cache.open(prompt, longest, torch.tensor(parents, device=rows.device), self.length[rows])
+
+    def _chains(self, rows: Tensor) -> list[tuple[int, ...]]:
+        """What was, or is to be, read of some rows after the prefilled prompt: all but their last token."""
+        streams = zip(self._stream(rows).tolist(), self.length[rows].tolist(), strict=True)
+        return [tuple(stream[:count]) for stream, count in streams]
+
+    def _go_on(self, cache: Cache, prompt: Any) -> Any:
+        """The store that the first rows come with, the others in places that are free there; None if there is none.
+
+        Rows that have ended already get a place like others, so that the store keeps its size for the waves to come.
+        """
+        count, whole = len(self.index), len(self.index) == len(self.wave)
+        found = self.wave.held.take(count) if whole and self.wave.held is not None else None
+        if found is None:
+            return None
+        store, places, free = found
+        others = torch.arange(len(places), count, device=self.live.device)
+        if len(others):
+            known, recalled = store.recall(self._chains(others))
+            store.put(free[known], recalled)
+            if unknown := sorted({*range(len(others))} - {*known}):
+                store.put(free[unknown], self._open(cache, prompt, others[unknown]))
+        live = self.live.new_full((len(store),), -1)
+        live[places], live[free[: len(others)]] = torch.arange(len(places), device=live.device), others
+        taken = (live >= 0).nonzero().squeeze(1)
+        if len(taken) < len(store):
+            store.select(taken)
+        self.live = live[taken]
+        return store
+
+    def _has_enough(self, active: int) -> bool:
+        """Whether the wave may come back while so many rows are still being decoded."""
+        return self.enough is not None and len(self.index) - active >= self.enough
 
     def _open_matchers(self) -> Matchers | None:
         if self.sampling.grammar is None:
@@ -297,9 +372,10 @@ class Rows:
     def _give_up_places(self) -> None:
         active = self.reason[self.live] < 0
         count = int(active.sum())
+        self.has_enough = self._has_enough(count)
         if count == 0:
             self.live, self.store = self.live[:0], None
-        elif len(self.live) - count >= _ROW_MULTIPLE:
+        elif self.enough is None and len(self.live) - count >= max(_ROW_MULTIPLE, len(self.live) // _IDLE_SHARE):
             places = active.nonzero().squeeze(1)
             self.live = self.live[places]
             self.store.select(places)
@@ -456,9 +532,7 @@ def _draw(logits: Tensor, batch: Sequence[Rows]) -> Tensor:
         rows.uniforms[rows.live].gather(1, at[:, None]).squeeze(1) for rows, at in zip(batch, position, strict=True)
     ]
 
-    temperature, top_p, top_k = (
-        torch.cat([rows.choices[which].expand(len(rows)) for rows in batch]) for which in range(3)
-    )
+    temperature, top_p, top_k = (torch.cat(each) for each in zip(*(rows.choices() for rows in batch), strict=True))
     return draw(logits, torch.cat(uniforms), temperature, top_p, top_k)
 
 

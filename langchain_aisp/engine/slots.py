@@ -22,6 +22,7 @@ from langchain_aisp.engine.cache import Runner, Unsuited, decoder_config, input_
 
 _LONGEST_TEXT = 1 << 20  # masks are read up to here
 _COLUMN_BLOCK = 64  # rows' buffers grow by so many columns at a time
+_SPARE_COLUMNS = 16  # so many columns that no row needs are put up with; to cut them off costs a copy of the others
 
 # Prompts are read in pieces, so that a long one needs little room. On a CPU pieces have one size and begin at its
 # multiples: a token's keys then come out of products of one shape and have the same bits whatever was remembered of the
@@ -97,6 +98,7 @@ class SlotStore:
         self.column = column
         self.ragged = bool((start != 0).any())
         self.buffers: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values [n, heads, capacity, d]
+        self._memory: _RowMemory | None = None
         self._masks: dict[tuple[int, int | None], Tensor] = {}
 
     def __len__(self) -> int:
@@ -110,6 +112,41 @@ class SlotStore:
         self.buffers = {
             layer: (self._copy(keys, rows), self._copy(values, rows)) for layer, (keys, values) in self.buffers.items()
         }
+
+    def remember(self, places: Tensor, chains: Sequence[tuple[int, ...]]) -> None:
+        """Keep the first keys of these rows [m], those of their chains, when others have taken their places."""
+        if self._memory is None:
+            self._memory = _RowMemory(len(self))
+        self._memory.add(self, places, chains)
+
+    def recall(self, chains: Sequence[tuple[int, ...]]) -> tuple[list[int], SlotStore]:
+        """Which of the chains are known, as beginnings of what was remembered, and a store of rows with these."""
+        known = {} if self._memory is None else self._memory.find(chains)
+        kept = torch.tensor([len(chains[index]) for index in known], dtype=torch.int64, device=self.start.device)
+        rows = torch.tensor(list(known.values()), dtype=torch.int64, device=self.start.device)
+        return list(known), _rows_of({} if self._memory is None else self._memory.buffers, self.prompt, rows, kept)
+
+    def put(self, places: Tensor, other: SlotStore) -> None:
+        """Give some places [m] to the m rows of another store on this prompt; only their own keys are copied.
+
+        Columns grow with every step, however short the rows are, so those that no row needs any more are cut off now
+        and then.
+        """
+        start = self.start.clone()
+        start[places] = self.column - other.column + other.start
+        unused = int(start.min())  # negative where another row is longer than any of these was
+        if unused < 0 or unused >= _SPARE_COLUMNS:
+            self.buffers = {
+                layer: (self._moved(keys, unused), self._moved(values, unused))
+                for layer, (keys, values) in self.buffers.items()
+            }
+            start, self.column = start - unused, self.column - unused
+        for layer, pair in other.buffers.items():
+            for mine, given in zip(self.buffers[layer], pair, strict=True):
+                mine[places, :, self.column - other.column : self.column] = given[:, :, : other.column]
+        self.start = start
+        self.ragged = bool((start != 0).any())
+        self._masks.clear()
 
     def advance(self, tokens: int) -> None:
         """Count what a forward pass has written."""
@@ -169,6 +206,13 @@ class SlotStore:
             grown[:, :, : self.column] = buffer[:, :, : self.column]
         return grown
 
+    def _moved(self, buffer: Tensor, left: int) -> Tensor:
+        """The buffer with its columns so much further left; what leaves it there is lost."""
+        column = self.column - left
+        moved = buffer.new_zeros(*buffer.shape[:2], self._capacity(column + 1), buffer.shape[3])
+        moved[:, :, max(0, -left) : column] = buffer[:, :, max(0, left) : self.column]
+        return moved
+
     def _copy(self, buffer: Tensor, rows: Tensor) -> Tensor:
         kept = buffer.new_zeros(len(rows), *buffer.shape[1:])
         kept[:, :, : self.column] = buffer[rows, :, : self.column]
@@ -208,6 +252,64 @@ class SlotStore:
 
 def _whole_blocks(columns: int) -> int:
     return -(-columns // _COLUMN_BLOCK) * _COLUMN_BLOCK
+
+
+class _RowMemory:
+    """Keys of rows that have ended, as others may begin as they did; the least recently used ones leave first."""
+
+    def __init__(self, most: int) -> None:
+        self.buffers: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values [most, heads, capacity, d]
+        self._most = most
+        self._chains: dict[int, tuple[int, ...]] = {}  # row -> chain, the least recently used first
+
+    def add(self, store: SlotStore, places: Tensor, chains: Sequence[tuple[int, ...]]) -> None:
+        """Copy the chains' columns of some rows."""
+        rows, longest = [self._place_for(chain) for chain in chains], max(map(len, chains))
+        first = store.start[places].tolist()
+        for layer, pair in store.buffers.items():
+            mine = self._room(layer, pair, longest)
+            for buffer, given in zip(mine, pair, strict=True):
+                for row, place, start, chain in zip(rows, places.tolist(), first, chains, strict=True):
+                    buffer[row, :, : len(chain)] = given[place, :, start : start + len(chain)]
+
+    def find(self, chains: Sequence[tuple[int, ...]]) -> dict[int, int]:
+        """For each chain that is known, by its index, a row that begins with it."""
+        found: dict[int, int] = {}
+        for index, chain in enumerate(chains):
+            row = next((row for row, known in self._chains.items() if known[: len(chain)] == chain), None)
+            if row is not None:
+                self._chains[row] = self._chains.pop(row)  # used last
+                found[index] = row
+        return found
+
+    def _place_for(self, chain: tuple[int, ...]) -> int:
+        row = len(self._chains) if len(self._chains) < self._most else next(iter(self._chains))
+        self._chains.pop(row, None)
+        self._chains[row] = chain
+        return row
+
+    def _room(self, layer: int, like: tuple[Tensor, Tensor], columns: int) -> tuple[Tensor, Tensor]:
+        known = self.buffers.get(layer)
+        if known is None or known[0].shape[2] < columns:
+            grown = [each.new_zeros(self._most, each.shape[1], _whole_blocks(columns), each.shape[3]) for each in like]
+            for old, new in zip(known or (), grown, strict=False):
+                new[:, :, : old.shape[2]] = old
+            self.buffers[layer] = (grown[0], grown[1])
+        return self.buffers[layer]
+
+
+def _rows_of(source: Mapping[int, tuple[Tensor, Tensor]], prompt: _PromptKeys, rows: Tensor, kept: Tensor) -> SlotStore:
+    """A store of rows [n] that own the first ``kept`` [n] columns of some rows of a source."""
+    column = int(kept.max()) if len(kept) else 0
+    store = SlotStore(prompt, column - kept, column)
+    if column > 0:
+        columns = (torch.arange(column, device=kept.device) - store.start[:, None]).clamp_(min=0)
+        for layer, (keys, values) in source.items():
+            store.buffers[layer] = (
+                keys.transpose(1, 2)[rows[:, None], columns].transpose(1, 2).contiguous(),
+                values.transpose(1, 2)[rows[:, None], columns].transpose(1, 2).contiguous(),
+            )
+    return store
 
 
 class _PromptStore(SlotStore):
@@ -494,18 +596,8 @@ class SlotCache:
 
     def open(self, prompt: _PromptKeys, chains: Sequence[Sequence[int]], parents: Tensor, kept: Tensor) -> SlotStore:
         """Rows that continue the prompt by ``kept`` tokens of their chains, see ``Cache``."""
-        column = int(kept.max())
-        store = SlotStore(prompt, column - kept, column)
-        if column > 0:
-            source = self._read_chains(prompt, chains)
-            columns = (torch.arange(column, device=self.device) - store.start[:, None]).clamp_(min=0)
-            rows = parents[:, None]
-            for layer, (keys, values) in source.buffers.items():
-                store.buffers[layer] = (
-                    keys.transpose(1, 2)[rows, columns].transpose(1, 2).contiguous(),
-                    values.transpose(1, 2)[rows, columns].transpose(1, 2).contiguous(),
-                )
-        return store
+        source = self._read_chains(prompt, chains).buffers if int(kept.max()) > 0 else {}
+        return _rows_of(source, prompt, parents, kept)
 
     def _read_chains(self, prompt: _PromptKeys, chains: Sequence[Sequence[int]]) -> SlotStore:
         """One forward pass over all chains, padded at their ends, where nothing looks."""

@@ -430,9 +430,9 @@ class TransformersEngine:
             elif job.ended is not None:
                 self._tell(job.ended, rows)
         self._batch = [(job, rows) for job, rows in self._batch if rows.error is None]
-        finished = [(job, rows) for job, rows in self._batch if not len(rows)]
+        finished = [(job, rows) for job, rows in self._batch if rows.has_enough or not len(rows)]
         if finished:
-            self._batch = [(job, rows) for job, rows in self._batch if len(rows)]
+            self._batch = [(job, rows) for job, rows in self._batch if len(rows) and not rows.has_enough]
         for job, rows in finished:
             job.finished.append(rows)
             if sum(len(done.index) for done in job.finished) == len(job.wave):
@@ -449,10 +449,19 @@ class TransformersEngine:
         tokens = _gather([rows.tokens for rows in parts], order)
         lengths = _gather([rows.length for rows in parts], order)
         reasons = [reason for rows in parts for reason in rows.finish_reasons()]
-        written = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
-        responses = self._responses(written, [reasons[i] for i in order.tolist()], job.wave.sampling)
-        observed = {name: _gather([rows.observed[name] for rows in parts], order) for name in parts[0].observed}
-        return Rollouts(tokens, lengths, responses, sum(rows.sampled_tokens for rows in parts), observed)
+        unfinished = _gather([rows.unfinished for rows in parts], order)
+        ended = (~unfinished).nonzero().squeeze(1).tolist()
+        counts, said = lengths.tolist(), tokens.tolist()
+        written, why = [said[row][: counts[row]] for row in ended], [reasons[order[row]] for row in ended]
+        return Rollouts(
+            tokens,
+            lengths,
+            self._responses(written, why, job.wave.sampling),
+            sum(rows.sampled_tokens for rows in parts),
+            {name: _gather([rows.observed[name] for rows in parts], order) for name in parts[0].observed},
+            unfinished if len(ended) < len(tokens) else None,
+            parts[0].hold() if self._graphs is None else None,  # a graph has keys of its own
+        )
 
     def _responses(
         self, rows: Sequence[list[int]], reasons: Sequence[FinishReason], sampling: Sampling
@@ -594,7 +603,7 @@ def _own_template(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
 
 def _gather(parts: Sequence[Tensor], order: Tensor) -> Tensor:
     """Rows of all parts in the wave's order, on the CPU, as ordinary tensors."""
-    return torch.cat([part.cpu() for part in parts])[order].clone()
+    return torch.cat([part.cpu() for part in parts])[order].clone() if len(parts) > 1 else parts[0].cpu().clone()
 
 
 def _trim(text: str, stops: tuple[str, ...]) -> str:

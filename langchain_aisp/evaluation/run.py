@@ -26,15 +26,10 @@ from langchain_aisp.methods import BestOfN
 from langchain_aisp.rewards.foreign import is_of_this_process
 from langchain_aisp.types import (
     Chat,
-    Ended,
     Engine,
-    Head,
-    Prompt,
     Response,
     Reward,
-    Rollouts,
     Sampling,
-    Ticket,
     Wave,
     require,
 )
@@ -233,49 +228,13 @@ def evaluate(evaluation: Evaluation, path: str | Path) -> Iterator[Progress]:
 
 def answer(evaluation: Evaluation, arm: Arm, prompt: PromptRecord, seed: int) -> Iterator[Iteration | Run]:
     """Answer one prompt by one arm: its iterations and, last, the run."""
-    recorder = Recorder(evaluation.engine)
     budget = evaluation.budget if arm.samples is None else replace(evaluation.budget, samples=arm.samples)
     settings: Any = {"sampling": arm.sampling, "seed": seed, "budget": budget}
-    for step in iterate(recorder, evaluation.reward, arm.method, prompt.messages, **settings):
+    for step in iterate(evaluation.engine, evaluation.reward, arm.method, prompt.messages, **settings):
         if isinstance(step, Iteration):
             yield step
         else:
-            yield _run(evaluation, arm, prompt, seed, step, recorder.cuts)
-
-
-class Recorder:
-    """An engine that remembers how much of each row was kept; everything else is left to the engine it wraps.
-
-    Attributes:
-        cuts: The cuts [N] of each wave.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        """Wrap an engine."""
-        self._engine = engine
-        self.cuts: list[list[int]] = []
-
-    @property
-    def name(self) -> str:
-        """The engine's."""
-        return self._engine.name
-
-    @property
-    def head(self) -> Head:
-        """The engine's."""
-        return self._engine.head
-
-    def encode(
-        self, chat: Chat, *, tools: Sequence[Mapping[str, Any]] = (), seed: int = 0, continue_last: bool = False
-    ) -> Prompt:
-        """As the engine does it."""
-        return self._engine.encode(chat, tools=tools, seed=seed, continue_last=continue_last)
-
-    def submit(self, wave: Wave, *, deadline: float | None = None, ended: Ended | None = None) -> Ticket[Rollouts]:
-        """As the engine does it."""
-        if not (wave.forced and wave.observe):  # such a wave looks at answers again, it makes none
-            self.cuts.append(wave.cut.tolist())
-        return self._engine.submit(wave, deadline=deadline, ended=ended)
+            yield _run(evaluation, arm, prompt, seed, step)
 
 
 def environment() -> dict[str, Any]:
@@ -304,9 +263,7 @@ def _warm_up(evaluation: Evaluation, prompt: PromptRecord) -> None:
     align(evaluation.engine, evaluation.reward, BestOfN(samples=1), prompt.messages, sampling=sampling)
 
 
-def _run(
-    evaluation: Evaluation, arm: Arm, prompt: PromptRecord, seed: int, found: Aligned, cuts: Sequence[Sequence[int]]
-) -> Run:
+def _run(evaluation: Evaluation, arm: Arm, prompt: PromptRecord, seed: int, found: Aligned) -> Run:
     """What is kept of a search."""
     golds = _golds(evaluation, prompt.messages, found)
     best = found.best
@@ -328,7 +285,7 @@ def _run(
         reward_calls=found.reward_calls,
         seconds=found.seconds,
         reward_seconds=found.reward_seconds,
-        samples=_samples(found.candidates, golds, cuts),
+        samples=_samples(found.candidates, golds),
         trace=tuple(_numbers(step, golds) for step in found.trace),
     )
 
@@ -348,31 +305,29 @@ def _said(response: Response) -> _Said:
     return response.text, response.finish_reason
 
 
-def _samples(
-    candidates: Sequence[Candidate], golds: Mapping[_Said, float], cuts: Sequence[Sequence[int]]
-) -> tuple[Sample, ...]:
-    """Every candidate in the order of decoding, with what it was made from."""
-    tree = _Beginnings()
-    samples: list[Sample] = []
-    for iteration, kept in enumerate(cuts):
-        wave = sorted((each for each in candidates if each.iteration == iteration), key=lambda each: each.row)
-        parents = [tree.parent(each.tokens[: kept[each.row]]) for each in wave]  # before any row of the wave is known
-        for each, parent in zip(wave, parents, strict=True):
-            tree.add(each)
-            samples.append(
-                Sample(
-                    iteration=iteration,
-                    row=each.row,
-                    tokens=each.tokens,
-                    text=each.response.text,
-                    reward=each.reward,
-                    gold=golds.get(_said(each.response)),
-                    finish_reason=each.response.finish_reason,
-                    cut=kept[each.row],
-                    parent=parent,
-                )
-            )
-    return tuple(samples)
+def _samples(candidates: Sequence[Candidate], golds: Mapping[_Said, float]) -> tuple[Sample, ...]:
+    """Every candidate in the order of ends, with what it was made from."""
+    ordered = sorted(candidates, key=lambda each: (each.iteration, each.row))
+    tree, parents, added = _Beginnings(), {}, 0
+    for each in sorted(ordered, key=lambda each: each.known):
+        for known in ordered[added : each.known]:
+            tree.add(known)
+        added = each.known
+        parents[each.iteration, each.row] = tree.parent(each.tokens[: each.cut])
+    return tuple(
+        Sample(
+            iteration=each.iteration,
+            row=each.row,
+            tokens=each.tokens,
+            text=each.response.text,
+            reward=each.reward,
+            gold=golds.get(_said(each.response)),
+            finish_reason=each.response.finish_reason,
+            cut=each.cut,
+            parent=parents[each.iteration, each.row],
+        )
+        for each in ordered
+    )
 
 
 class _Beginnings:

@@ -114,13 +114,35 @@ class Evidence:
 
 
 @dataclass(frozen=True)
+class Flight:
+    """Rows that are still being decoded while others take the places of those that have ended.
+
+    Attributes:
+        rows: [C] what is known of them so far.
+        temperatures: [C] float32, at which they are drawn.
+        held: What the engine remembers of them.
+    """
+
+    rows: Population
+    temperatures: Tensor
+    held: Any
+
+    def __len__(self) -> int:
+        """Number of rows C."""
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
 class AISPState:
     """What is being answered, and what the next wave is drawn from.
 
     Attributes:
         problem: What to answer.
-        iteration: The next iteration.
+        ends: How many responses there are at the end of each iteration.
+        waves: Waves so far; an iteration has several of them when rows take the places of others.
         drawn: Responses decoded so far.
+        flight: Rows that have not ended.
+        goes_on: Whether more belongs to the present iteration.
         population: Possible parents, None before the first wave.
         visited: [S] int64, nodes (see ``Population``) that a response has gone through.
         evidence: What is known about a shared control.
@@ -128,12 +150,25 @@ class AISPState:
     """
 
     problem: Problem
-    iteration: int
+    ends: tuple[int, ...]
+    waves: int
     drawn: int
+    flight: Flight | None
+    goes_on: bool
     population: Population | None
     visited: Tensor
     evidence: Evidence
     cuts: Tensor | None = None
+
+    @property
+    def flying(self) -> int:
+        """Number of rows that have not ended."""
+        return 0 if self.flight is None else len(self.flight)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether all responses are there."""
+        return self.drawn >= self.ends[-1]
 
     @property
     def beginnings(self) -> Wave | None:
@@ -162,7 +197,10 @@ class AISP:
 
     Attributes:
         samples: Responses in all, as in ``BestOfN``: equal numbers are equal cost.
-        iterations: Waves that share them; more waves adapt more often, and decode fewer rows at once.
+        iterations: Parts of the search with equal shares of them; a share is decoded at once, so more iterations adapt
+            more often and decode fewer rows at once.
+        refill: Share of the rows at once that have to end before others take their places; the rest go on meanwhile. 1
+            waits for all, as do rewards that understand unfinished texts or wait for somebody else, and controls.
         population: M, how many of the best responses may become parents.
         cooling: Temperature of what follows a branch, as a factor of the request's: the branches bring the variety.
         control_kl: Length of the shared control in nats per token; 0 uses none.
@@ -173,6 +211,7 @@ class AISP:
     population: int = 8
     cooling: float = 0.25
     control_kl: float = 0.0
+    refill: float = 0.25
 
     def __post_init__(self) -> None:
         """Reject settings that leave nothing to search."""
@@ -184,6 +223,7 @@ class AISP:
         require(self.population >= 1, f"population must be at least 1, got {self.population}")
         require(self.cooling >= 0, f"cooling must not be negative, got {self.cooling}; 1 keeps the temperature")
         require(self.control_kl >= 0, f"control_kl must not be negative, got {self.control_kl}; 0 uses no control")
+        require(0 <= self.refill <= 1, f"refill must be between 0 and 1, got {self.refill}; 1 waits for whole waves")
 
     @staticmethod
     def published(**settings: Any) -> PublishedAISP:
@@ -196,26 +236,23 @@ class AISP:
         return "aisp"
 
     def wave_size(self, state: AISPState) -> int:
-        """Rows of the next wave: what is left of the samples in equal shares.
-
-        Argmax decoding has one plain response, so at temperature 0 the first wave is that one.
-        """
-        if state.population is None and state.problem.sampling.temperature == 0:
-            return 1
-        return math.ceil((self.samples - state.drawn) / (self.iterations - state.iteration))
+        """New rows of the next wave: as many as an iteration has, less those that have not ended."""
+        at_once, left = _share(state)
+        return max(0, min(at_once - state.flying, left))
 
     def init(self, problem: Problem) -> AISPState:
         """Nothing seen yet."""
         width = problem.head.width if self.control_kl > 0 else 0
-        return AISPState(problem, 0, 0, None, torch.empty(0, dtype=torch.int64), Evidence.none(width))
+        nothing = torch.empty(0, dtype=torch.int64)
+        return AISPState(problem, self._ends(problem), 0, 0, None, False, None, nothing, Evidence.none(width))
 
     def propose(self, state: AISPState) -> Wave:
-        """Plain samples first, then branches of the best responses."""
-        problem, count = state.problem, self.wave_size(state)
+        """Plain samples first, then branches of the best responses, beside the rows that have not ended."""
+        problem, flight, count = state.problem, state.flight, self.wave_size(state)
         length = problem.sampling.max_tokens
-        keys = wave_keys(problem.prompt.key, state.iteration, torch.arange(count), length)
+        keys = wave_keys(problem.prompt.key, state.waves, torch.arange(count), length)
         prefix, cut = torch.zeros_like(keys), torch.zeros(count, dtype=torch.int64)
-        if state.population is not None:
+        if state.population is not None and count > 0:
             parent, position, token = self._draw_branches(state, state.population, count)
             before = torch.arange(length) < position[:, None]
             found = len(parent)  # fewer than asked when the tree is nearly exhausted; plain samples fill up
@@ -225,26 +262,57 @@ class AISP:
             cut[:found] = position + 1
         observe: set[Observable] = {"alternatives", "scores"} if self.control_kl > 0 else {"alternatives"}
         sampling = problem.sampling if state.population is None else self._cooled(problem.sampling)
-        return Wave(problem.prompt, prefix, cut, keys, sampling, self._steering(state), frozenset(observe))
+        wave = Wave(
+            problem.prompt,
+            prefix,
+            cut,
+            keys,
+            sampling,
+            self._steering(state),
+            frozenset(observe),
+            enough=self._enough(state, count),
+        )
+        return wave if flight is None else _beside(flight, wave)
 
     def update(self, state: AISPState, wave: Wave, rollouts: Rollouts, rewards: Tensor) -> tuple[AISPState, Info]:
         """Let the wave's responses join the population, and learn a control from their scores."""
-        children = self._children(state.population, wave, rollouts, rewards)
+        rows, ended = self._rows(state, wave, rollouts), rollouts.ended
+        children = replace(rows.take(ended), rewards=rewards, complete=rollouts.complete)
         everyone = children if state.population is None else state.population.join(children)
         population = everyone.best(self.population)
         weights = parent_weights(population)
         positions = torch.arange(children.tokens.shape[1])
         written = positions < children.lengths[:, None]
+        drawn = state.drawn + len(ended)
         after = replace(
             state,
-            iteration=state.iteration + 1,
-            drawn=state.drawn + len(wave),
+            waves=state.waves + 1,
+            drawn=drawn,
+            flight=_flight(rows, wave, rollouts),
+            goes_on=not any(state.drawn < end <= drawn for end in state.ends),
             population=population,
             cuts=None,
-            visited=torch.cat([state.visited, children.nodes[written]]).unique(),
-            evidence=state.evidence.add(children, written & (positions >= wave.cut[:, None])),
+            visited=torch.cat([state.visited, rows.nodes[positions < rows.lengths[:, None]]]).unique(),
+            evidence=state.evidence.add(children, written & (positions >= wave.cut[ended][:, None])),
         )
         return after, {"ess": effective_sample_size(weights), "control_kl": self.control_kl}
+
+    def _enough(self, state: AISPState, count: int) -> int | None:
+        """How many rows have to end before others take their places; None when there are no others, or may not be."""
+        at_once, left = _share(state)
+        if self.refill == 1 or self.control_kl > 0 or left == count:
+            return None
+        return max(1, math.ceil(self.refill * at_once))
+
+    def _ends(self, problem: Problem) -> tuple[int, ...]:
+        """How many responses there are at the end of each iteration: equal shares, the larger ones first.
+
+        Argmax decoding has one plain response, so at temperature 0 the first wave is that one.
+        """
+        ends = [1 if problem.sampling.temperature == 0 else math.ceil(self.samples / self.iterations)]
+        for remaining in range(self.iterations - 1, 0, -1):
+            ends.append(ends[-1] + math.ceil((self.samples - ends[-1]) / remaining))
+        return tuple(ends)
 
     def _cooled(self, sampling: Sampling) -> Sampling:
         return replace(sampling, temperature=sampling.temperature * self.cooling)
@@ -257,37 +325,74 @@ class AISP:
     def _draw_branches(self, state: AISPState, population: Population, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Parents [n], positions [n] and tokens [n] of the n ≤ count branches drawn."""
         nodes = branch_nodes(population, state.problem.prompt.key)
-        weights = branch_log_weights(population, state.problem.sampling, state.cuts).masked_fill(
-            torch.isin(nodes, state.visited), -torch.inf
-        )
-        merged = merge_equal(nodes.flatten(), weights.flatten().double())
-        keys = fold(fold(state.problem.prompt.key, state.iteration), nodes.flatten())
+        weights = branch_log_weights(population, state.problem.sampling, state.cuts)
+        parent, position, rank = weights.isfinite().nonzero(as_tuple=True)
+        node, weight = nodes[parent, position, rank], weights[parent, position, rank].double()
+        merged = merge_equal(node, weight.masked_fill(torch.isin(node, state.visited), -torch.inf))
+        keys = fold(fold(state.problem.prompt.key, state.waves), node)
         chosen = (merged + gumbel(keys)).topk(min(count, int(merged.isfinite().sum()))).indices
-        parent, position, rank = torch.unravel_index(chosen, nodes.shape)
+        parent, position, rank = parent[chosen], position[chosen], rank[chosen]
         return parent, position, population.alternatives[parent, position, rank]
 
-    def _children(self, parents: Population | None, wave: Wave, rollouts: Rollouts, rewards: Tensor) -> Population:
-        """The wave as possible parents; what was kept is known from the parents, since it depends on tokens only."""
+    def _rows(self, state: AISPState, wave: Wave, rollouts: Rollouts) -> Population:
+        """The wave's rows as members; what was kept is known from before, since it depends on tokens only."""
         nodes = path_nodes(rollouts.tokens, wave.prompt.key)
         alternatives = rollouts.observed["alternatives"]
         logprobs = rollouts.observed["alternative_logprobs"]
         scores = rollouts.observed.get("scores", logprobs[..., :0])
-        if parents is not None:
-            source = parents_of(parents, wave)
-            kept = (torch.arange(nodes.shape[1]) < wave.cut[:, None])[..., None]
-            alternatives = torch.where(kept, parents.alternatives[source], alternatives)
-            logprobs = torch.where(kept, parents.logprobs[source], logprobs)
-            scores = torch.where(kept, parents.scores[source], scores)
+        if state.population is not None:
+            source = parents_of(state.population, wave)[state.flying :]
+            before = (torch.arange(nodes.shape[1]) < wave.cut[:, None])[..., None]
+
+            def known(name: str) -> Tensor:
+                inherited: Tensor = getattr(state.population, name)[source]
+                return inherited if state.flight is None else torch.cat([getattr(state.flight.rows, name), inherited])
+
+            alternatives = torch.where(before, known("alternatives"), alternatives)
+            logprobs = torch.where(before, known("logprobs"), logprobs)
+            scores = torch.where(before, known("scores"), scores)
             branched = wave.cut > 0  # no score is known of the branching token, and it was chosen rather than drawn
             scores[branched, wave.cut[branched] - 1] = 0
+        unknown = torch.zeros(len(wave))
         return Population(
             rollouts.tokens,
             wave.keys,
             rollouts.lengths,
             nodes,
-            rewards,
-            rollouts.complete,
+            unknown,
+            unknown.bool(),
             alternatives,
             logprobs,
             scores,
         )
+
+
+def _share(state: AISPState) -> tuple[int, int]:
+    """How many rows the iteration has to which the next row belongs, and how many rows are left in all."""
+    proposed, starts = state.drawn + state.flying, (0, *state.ends)
+    now = next((i for i, end in enumerate(state.ends) if proposed < end), len(state.ends) - 1)
+    return state.ends[now] - starts[now], state.ends[-1] - proposed
+
+
+def _beside(flight: Flight, wave: Wave) -> Wave:
+    """The wave with the rows that have not ended before its own."""
+    rows = flight.rows
+    fresh = torch.full((len(wave),), wave.sampling.temperature)
+    return replace(
+        wave,
+        prefix=torch.cat([rows.tokens, wave.prefix]),
+        cut=torch.cat([rows.lengths, wave.cut]),
+        keys=torch.cat([rows.keys, wave.keys]),
+        temperatures=torch.cat([flight.temperatures, fresh]),
+        held=flight.held,
+    )
+
+
+def _flight(rows: Population, wave: Wave, rollouts: Rollouts) -> Flight | None:
+    """The rows of a wave that have not ended."""
+    if rollouts.unfinished is None:
+        return None
+    alike = torch.full((len(wave),), wave.sampling.temperature)
+    temperatures = alike if wave.temperatures is None else wave.temperatures
+    left = rollouts.unfinished.nonzero().squeeze(1)
+    return Flight(rows.take(left), temperatures[left], rollouts.held)

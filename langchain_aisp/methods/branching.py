@@ -100,19 +100,16 @@ def _allowed(logprobs: Tensor, sampling: Sampling) -> Tensor:
 
 def path_nodes(tokens: Tensor, key: int) -> Tensor:
     """Hashes [N, L] of the tokens [N, L] up to each position: equal exactly where the texts so far are equal."""
-    node = torch.full((len(tokens),), key)
-    nodes = []
-    for column in tokens.T:
-        node = fold(node, column)
-        nodes.append(node)
-    return torch.stack(nodes, dim=1)
+    positions = torch.arange(tokens.shape[1])
+    return key + fold(fold(key, positions), tokens).cumsum(dim=1)  # wraps around; order enters by position
 
 
 def branch_nodes(population: Population, key: int) -> Tensor:
     """Hashes [M, L, K] of the texts that the branches begin with."""
     root = torch.full((len(population), 1), key)
     before = torch.cat([root, population.nodes[:, :-1]], dim=1)
-    return fold(before[..., None], population.alternatives)
+    positions = torch.arange(population.nodes.shape[1])
+    return before[..., None] + fold(fold(key, positions)[:, None], population.alternatives)
 
 
 def merge_equal(nodes: Tensor, log_weights: Tensor) -> Tensor:

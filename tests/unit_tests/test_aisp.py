@@ -53,7 +53,8 @@ TWO = population(
 
 
 def waves_and_states(method: AISP, seed: int = 0, score=None, sampling: Sampling = SAMPLING):
-    """Each wave of a search with the state it was proposed from."""
+    """Each wave of a search in whole waves with the state it was proposed from."""
+    method = replace(method, refill=1.0)
     engine, state, found = ToyEngine(), method.init(problem(ToyEngine(), sampling, seed)), []
     score = score or spells("badge")
     for _ in range(method.iterations):
@@ -104,18 +105,19 @@ def test_parents_weights_have_the_wanted_effective_sample_size():
 def test_first_branches_are_drawn_in_proportion_to_their_weights():
     """Gumbel top-k: chi-square with 6 degrees of freedom exceeds 22.5 by chance once in a thousand seeds.
 
-    Both parents' alternatives begin with the tokens 1 and 2; each is one branch, and it counts for the first parent.
+    Both parents' alternatives begin with the tokens 1 and 2. The first parent says 1 itself, so that is a branch of the
+    second one alone; 2 is one branch, and it counts for the first.
     """
     method, draws = AISP(samples=64, iterations=2), 2000
     start = method.init(problem(ToyEngine(), SAMPLING))
     expected = branch_log_weights(TWO, SAMPLING).exp().flatten()
-    expected[:2] += expected[6:8]
-    expected[6:8] = 0
+    expected[1] += expected[7]
+    expected[7] = 0
     found = torch.zeros_like(expected)
     for key in range(draws):
         prompt = replace(start.problem.prompt, key=key)
         members = replace(TWO, nodes=path_nodes(TWO.tokens, key))
-        state = replace(start, problem=replace(start.problem, prompt=prompt), iteration=1, population=members)
+        state = replace(start, problem=replace(start.problem, prompt=prompt), waves=1, population=members)
         parent, position, token = method._draw_branches(state, members, 1)
         found[int(parent) * 6 + int(position) * 3 + int(token) - 1] += 1
     possible = expected > 0
@@ -232,7 +234,7 @@ def test_with_equal_samples_branching_beats_best_of_n():
 
 
 def test_what_follows_a_branch_is_drawn_at_a_lower_temperature():
-    method = AISP(samples=24, iterations=3, cooling=0.5)
+    method = AISP(samples=24, iterations=3, cooling=0.5, refill=1.0)
     played = play(method, ToyEngine(), spells("badge"), Sampling(max_tokens=10, temperature=0.8))
     waves = [request for request, _ in played if isinstance(request, Wave)]
     assert [wave.sampling.temperature for wave in waves] == [0.8, 0.4, 0.4]
