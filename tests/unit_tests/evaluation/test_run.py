@@ -86,7 +86,7 @@ def test_a_branch_names_the_parent_whose_tokens_it_keeps(runs):
                 kept = sample.tokens[: sample.cut - 1]
                 assert samples[sample.parent].tokens[: sample.cut - 1] == kept
                 children += 1
-        assert all(sample.cut == 0 and sample.parent is None for sample in run.samples if sample.iteration == 0)
+        assert all(sample.parent is None for sample in run.samples if sample.cut == 0)
     assert children > 10
 
 
@@ -122,8 +122,9 @@ def test_the_prompt_is_read_before_the_first_method_and_once_for_all(comparison,
     engine = ToyEngine()
     finish(comparison(engine=engine, prompts=PROMPTS[:1], seeds=(0,)), tmp_path / "runs.jsonl")
     assert [len(wave) for wave in engine.waves[:4]] == [1, 4, 4, 2]
+    done = len(engine.waves)
     finish(comparison(engine=engine, prompts=PROMPTS[:1], seeds=(0,)), tmp_path / "runs.jsonl")
-    assert len(engine.waves) == 7  # nothing is left to do
+    assert len(engine.waves) == done  # nothing is left to do
 
 
 @pytest.mark.parametrize(("done", "torn"), [(1, 0), (5, 400), (11, 1)])
