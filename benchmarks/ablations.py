@@ -26,13 +26,13 @@ from benchmarks.pairs import PAIRS, RUNS, Sources, add_sources, sources_of
 from langchain_aisp.evaluation.arms import Arm
 from langchain_aisp.methods import AISP, BestOfN, PublishedAISP
 from langchain_aisp.methods.aisp import AISPState
-from langchain_aisp.methods.branching import Population, parent_weights
+from langchain_aisp.methods.branching import Population
 from langchain_aisp.methods.misvo import PositionSteering, advantages, slopes_of
 from langchain_aisp.methods.weights import complete_first, importance_weights
 from langchain_aisp.noise import fold, uniform, wave_keys
 from langchain_aisp.types import Info, Method, Problem, Rollouts, Sampling, Wave, require
 
-DEFAULT = "default in whole waves"
+DEFAULT = "default"
 WAVE = 32
 ALIKE = 1e6  # a reward temperature at which all parents weigh the same
 _CUTS, _PARENTS, _SHARES = -1, -2, -3  # folded into keys; negative, since rows fold their own numbers into them
@@ -53,7 +53,7 @@ class UniformCuts(AISP):
         wave, population = super().propose(state), state.population
         if population is None:
             return wave
-        parents = draw_parents(parent_weights(population), _row_keys(state, _PARENTS, len(wave)))
+        parents = draw_parents(population.weights, _row_keys(state, _PARENTS, len(wave)))
         cut = (uniform(_row_keys(state, _CUTS, len(wave))) * population.lengths[parents]).long()
         kept = torch.arange(wave.prefix.shape[1]) < cut[:, None]
         fresh = wave_keys(wave.prompt.key, state.waves, torch.arange(len(wave)), wave.prefix.shape[1])
@@ -129,7 +129,7 @@ class ByParent(AISP):
     def weights(self, population: Population) -> Tensor:
         """Importance weights [M] of the members."""
         if self.reward_temperature is None:
-            return parent_weights(population)
+            return population.weights
         rewards = complete_first(population.rewards, population.complete)
         return importance_weights(rewards, self.reward_temperature)
 

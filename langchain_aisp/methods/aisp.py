@@ -24,7 +24,6 @@ from langchain_aisp.methods.branching import (
     branch_log_weights,
     branch_nodes,
     merge_equal,
-    parent_weights,
     parents_of,
     path_nodes,
 )
@@ -280,7 +279,7 @@ class AISP:
         children = replace(rows.take(ended), rewards=rewards, complete=rollouts.complete)
         everyone = children if state.population is None else state.population.join(children)
         population = everyone.best(self.population)
-        weights = parent_weights(population)
+        weights = population.weights
         positions = torch.arange(children.tokens.shape[1])
         written = positions < children.lengths[:, None]
         drawn = state.drawn + len(ended)

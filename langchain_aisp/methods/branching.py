@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -45,6 +46,13 @@ class Population:
         """Number of members M."""
         return len(self.rewards)
 
+    @cached_property
+    def weights(self) -> Tensor:
+        """Importance weights [M] of the members, their temperature set by the wanted effective sample size."""
+        rewards = complete_first(self.rewards, self.complete)
+        target = max(1.0, _ESS_SHARE * len(self))
+        return importance_weights(rewards, temperature_for_ess(rewards, target))
+
     def take(self, rows: Tensor) -> Population:
         """The members with these indices [r]."""
         return Population(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
@@ -64,13 +72,6 @@ class Population:
         return self.take(torch.tensor(sorted(distinct, key=order.index)[:count]))
 
 
-def parent_weights(population: Population) -> Tensor:
-    """Importance weights [M] of the members, their temperature set by the wanted effective sample size."""
-    rewards = complete_first(population.rewards, population.complete)
-    target = max(1.0, _ESS_SHARE * len(population))
-    return importance_weights(rewards, temperature_for_ess(rewards, target))
-
-
 def branch_log_weights(population: Population, sampling: Sampling, cuts: Tensor | None = None) -> Tensor:
     """Log-weights [M, L, K] of all branches: parent's weight times the token's share of all branches of the parent.
 
@@ -87,7 +88,7 @@ def branch_log_weights(population: Population, sampling: Sampling, cuts: Tensor 
     logprobs = logprobs.masked_fill(~possible, -torch.inf)
     share = logprobs - logprobs.flatten(1).logsumexp(dim=1)[:, None, None]
     share = share.masked_fill(~possible, -torch.inf)  # nan where a parent has no branches at all
-    weights = parent_weights(population).log()[:, None, None] + share
+    weights = population.weights.log()[:, None, None] + share
     return weights if cuts is None else weights + cuts[..., None]
 
 

@@ -16,7 +16,6 @@ from langchain_aisp.methods.aisp import (
     branch_log_weights,
     branch_nodes,
     merge_equal,
-    parent_weights,
     path_nodes,
 )
 from langchain_aisp.methods.published import PublishedAISP
@@ -68,7 +67,7 @@ def waves_and_states(method: AISP, seed: int = 0, score=None, sampling: Sampling
 
 def test_a_branch_weighs_its_parents_weight_times_its_share_of_the_parents_branches():
     weights = branch_log_weights(TWO, SAMPLING).exp()
-    first, second = parent_weights(TWO).tolist()
+    first, second = TWO.weights.tolist()
     expected = torch.tensor(
         [
             [[0.0, 0.2, 0.1], [0.3, 0.0, 0.2]],  # without the parent's own tokens 1 and 2
@@ -99,7 +98,7 @@ def test_equal_branches_of_several_parents_are_one():
 
 def test_parents_weights_have_the_wanted_effective_sample_size():
     members = population([4.0, 3.5, 1.0, 0.0, -2.0], [[1, 2]] * 5, [[[0.7, 0.2, 0.1]] * 2] * 5)
-    assert effective_sample_size(parent_weights(members)) == pytest.approx(0.6 * 5, rel=0.01)
+    assert effective_sample_size(members.weights) == pytest.approx(0.6 * 5, rel=0.01)
 
 
 def test_first_branches_are_drawn_in_proportion_to_their_weights():

@@ -22,7 +22,7 @@ from langchain_aisp.engine import TransformersEngine
 from langchain_aisp.evaluation.datasets import PromptRecord
 from langchain_aisp.evaluation.log import read_log
 from langchain_aisp.methods import AISP, ValueNetwork
-from langchain_aisp.methods.branching import branch_log_weights, parent_weights
+from langchain_aisp.methods.branching import branch_log_weights
 from langchain_aisp.rewards import as_reward
 from langchain_aisp.types import Problem, Response, Sampling
 from tests import tiny
@@ -365,7 +365,7 @@ def test_uniform_cuts_keep_a_parent_and_nothing_else(engine) -> None:
 def test_uniform_positions_give_every_position_of_a_parent_the_same_mass(engine) -> None:
     state, *_ = after_one_wave(engine, AISP(**SIZE))
     mass = branch_log_weights(ablations.level(state.population), SAMPLING).exp().sum(dim=-1)
-    for row, length, weight in zip(mass, state.population.lengths, parent_weights(state.population), strict=True):
+    for row, length, weight in zip(mass, state.population.lengths, state.population.weights, strict=True):
         assert row[:length].tolist() == pytest.approx([float(weight / length)] * int(length), rel=1e-4)
     plain = branch_log_weights(state.population, SAMPLING).exp().sum(dim=-1)
     assert float(plain.std()) > float(mass.std())
@@ -390,7 +390,7 @@ def test_with_replacement_a_branch_may_come_twice_and_again(engine) -> None:
 def test_parents_get_their_shares_by_the_rule(engine) -> None:
     state, *_ = after_one_wave(engine, AISP(**SIZE))
     rule = partial(ablations.ByParent, **SIZE)
-    weights = parent_weights(state.population)
+    weights = state.population.weights
     assert torch.equal(rule().weights(state.population), weights)
     assert rule(reward_temperature=ablations.ALIKE).weights(state.population).tolist() == pytest.approx([1 / 3] * 3)
     assert rule(reward_temperature=1e-3).weights(state.population).tolist() == pytest.approx([1, 0, 0])
