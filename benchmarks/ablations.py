@@ -261,11 +261,11 @@ def _row_keys(state: AISPState, purpose: int, count: int) -> Tensor:
 def arms(samples: int, sampling: Sampling) -> list[Arm]:
     """The default first, then one arm per change, named by what it changes."""
     waves = max(1, samples // WAVE)
-    size: dict[str, Any] = {"samples": samples, "iterations": waves, "refill": 1.0}
+    size: dict[str, Any] = {"samples": samples, "iterations": waves, "overlap": 1}
     others = [number for number in (1, 2, 4, 8, 16, 32) if number not in (waves, 1) and number <= samples]
     methods: dict[str, Method[Any]] = {
         DEFAULT: AISP(**size),
-        "refill: as in the default": AISP(samples=samples, iterations=waves),
+        "overlap: as in the default": AISP(samples=samples, iterations=waves),
         "branching: none, plain samples": BestOfN(samples, samples_per_wave=WAVE),
         "branching: uniform cuts": UniformCuts(**size),
         "branching: uniform positions": UniformPositions(**size),

@@ -41,6 +41,9 @@ class RaggedStore(Store, Protocol):
 
     column: int
 
+    def grow(self, count: int) -> None:
+        """Have ``count`` places; nobody is in the new ones."""
+
     def remember(self, places: Tensor, chains: Sequence[tuple[int, ...]]) -> None:
         """Keep what was read of the chains that rows in these places [m] begin with; the newest and most used of it."""
 

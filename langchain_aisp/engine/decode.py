@@ -95,10 +95,12 @@ class Held:
         self._places = places
 
     def take(self, count: int) -> tuple[RaggedStore, Tensor, Tensor] | None:
-        """The store, the places of its rows and the others; None if it is gone or has too few for ``count`` rows."""
+        """The store with ``count`` places or more, those of its rows and the others; None if it is gone."""
         store, self._store = self._store, None
-        if store is None or len(store) < count:
+        if store is None:
             return None
+        if len(store) < count:
+            store.grow(count)
         taken = torch.zeros(len(store), dtype=torch.bool, device=self._places.device)
         taken[self._places] = True
         return store, self._places, (~taken).nonzero().squeeze(1)

@@ -113,6 +113,17 @@ class SlotStore:
             layer: (self._copy(keys, rows), self._copy(values, rows)) for layer, (keys, values) in self.buffers.items()
         }
 
+    def grow(self, count: int) -> None:
+        """Have ``count`` places; nobody is in the new ones."""
+        more = count - len(self)
+        self.start = torch.cat([self.start, self.start.new_full((more,), self.column)])
+        self.buffers = {
+            layer: (self._with_more(keys, more), self._with_more(values, more))
+            for layer, (keys, values) in self.buffers.items()
+        }
+        self.ragged = True
+        self._masks.clear()
+
     def remember(self, places: Tensor, chains: Sequence[tuple[int, ...]]) -> None:
         """Keep the first keys of these rows [m], those of their chains, when others have taken their places."""
         if self._memory is None:
@@ -205,6 +216,9 @@ class SlotStore:
         if buffer is not None:
             grown[:, :, : self.column] = buffer[:, :, : self.column]
         return grown
+
+    def _with_more(self, buffer: Tensor, rows: int) -> Tensor:
+        return torch.cat([buffer, buffer.new_zeros(rows, *buffer.shape[1:])])
 
     def _moved(self, buffer: Tensor, left: int) -> Tensor:
         """The buffer with its columns so much further left; what leaves it there is lost."""

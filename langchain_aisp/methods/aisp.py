@@ -196,13 +196,15 @@ class AISP:
 
     Attributes:
         samples: Responses in all, as in ``BestOfN``: equal numbers are equal cost.
-        iterations: Parts of the search with equal shares of them; a share is decoded at once, so more iterations adapt
-            more often and decode fewer rows at once.
-        refill: Share of the rows at once that have to end before others take their places; the rest go on meanwhile. 1
-            waits for all, as do rewards that understand unfinished texts or wait for somebody else, and controls.
+        iterations: Parts of the search with equal shares of them, the first of plain samples; more parts adapt more
+            often and decode fewer rows at once.
         population: M, how many of the best responses may become parents.
         cooling: Temperature of what follows a branch, as a factor of the request's: the branches bring the variety.
         control_kl: Length of the shared control in nats per token; 0 uses none.
+        overlap: Iterations whose rows decode at once. With more than 1, rows need not wait for the slowest ones: others
+            take the places of those that have ended. 1 decodes whole waves, as do rewards that understand unfinished
+            texts or wait for somebody else, and controls: these are asked for once per wave.
+        refill: Share of the rows at once that have to end before others take their places.
     """
 
     samples: int = 256
@@ -210,6 +212,7 @@ class AISP:
     population: int = 8
     cooling: float = 0.25
     control_kl: float = 0.0
+    overlap: int = 2
     refill: float = 0.25
 
     def __post_init__(self) -> None:
@@ -222,7 +225,8 @@ class AISP:
         require(self.population >= 1, f"population must be at least 1, got {self.population}")
         require(self.cooling >= 0, f"cooling must not be negative, got {self.cooling}; 1 keeps the temperature")
         require(self.control_kl >= 0, f"control_kl must not be negative, got {self.control_kl}; 0 uses no control")
-        require(0 <= self.refill <= 1, f"refill must be between 0 and 1, got {self.refill}; 1 waits for whole waves")
+        require(self.overlap >= 1, f"overlap must be at least 1, got {self.overlap}; 1 decodes whole waves")
+        require(0 <= self.refill <= 1, f"refill must be between 0 and 1, got {self.refill}")
 
     @staticmethod
     def published(**settings: Any) -> PublishedAISP:
@@ -235,8 +239,8 @@ class AISP:
         return "aisp"
 
     def wave_size(self, state: AISPState) -> int:
-        """New rows of the next wave: as many as an iteration has, less those that have not ended."""
-        at_once, left = _share(state)
+        """New rows of the next wave: as many as decode at once, less those that have not ended."""
+        at_once, left = self._places(state)
         return max(0, min(at_once - state.flying, left))
 
     def init(self, problem: Problem) -> AISPState:
@@ -298,10 +302,21 @@ class AISP:
 
     def _enough(self, state: AISPState, count: int) -> int | None:
         """How many rows have to end before others take their places; None when there are no others, or may not be."""
-        at_once, left = _share(state)
-        if self.refill == 1 or self.control_kl > 0 or left == count:
+        at_once, left = self._places(state)
+        if self.overlap == 1 or self.control_kl > 0 or left == count:
             return None
         return max(1, math.ceil(self.refill * at_once))
+
+    def _places(self, state: AISPState) -> tuple[int, int]:
+        """How many rows decode at once, and how many are left to begin.
+
+        Those of the iteration to which the next row belongs; and of others, once there are rows that go on. So where
+        ``enough`` is not heeded, waves are iterations.
+        """
+        begun, starts = state.drawn + state.flying, (0, *state.ends)
+        now = next((i for i, end in enumerate(state.ends) if begun < end), len(state.ends) - 1)
+        share = state.ends[now] - starts[now]
+        return share * (self.overlap if state.flight is not None else 1), state.ends[-1] - begun
 
     def _ends(self, problem: Problem) -> tuple[int, ...]:
         """How many responses there are at the end of each iteration: equal shares, the larger ones first.
@@ -364,13 +379,6 @@ class AISP:
             logprobs,
             scores,
         )
-
-
-def _share(state: AISPState) -> tuple[int, int]:
-    """How many rows the iteration has to which the next row belongs, and how many rows are left in all."""
-    proposed, starts = state.drawn + state.flying, (0, *state.ends)
-    now = next((i for i, end in enumerate(state.ends) if proposed < end), len(state.ends) - 1)
-    return state.ends[now] - starts[now], state.ends[-1] - proposed
 
 
 def _beside(flight: Flight, wave: Wave) -> Wave:

@@ -53,7 +53,7 @@ TWO = population(
 
 def waves_and_states(method: AISP, seed: int = 0, score=None, sampling: Sampling = SAMPLING):
     """Each wave of a search in whole waves with the state it was proposed from."""
-    method = replace(method, refill=1.0)
+    method = replace(method, overlap=1)
     engine, state, found = ToyEngine(), method.init(problem(ToyEngine(), sampling, seed)), []
     score = score or spells("badge")
     for _ in range(method.iterations):
@@ -233,7 +233,7 @@ def test_with_equal_samples_branching_beats_best_of_n():
 
 
 def test_what_follows_a_branch_is_drawn_at_a_lower_temperature():
-    method = AISP(samples=24, iterations=3, cooling=0.5, refill=1.0)
+    method = AISP(samples=24, iterations=3, cooling=0.5, overlap=1)
     played = play(method, ToyEngine(), spells("badge"), Sampling(max_tokens=10, temperature=0.8))
     waves = [request for request, _ in played if isinstance(request, Wave)]
     assert [wave.sampling.temperature for wave in waves] == [0.8, 0.4, 0.4]

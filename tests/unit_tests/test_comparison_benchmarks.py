@@ -430,7 +430,7 @@ def test_every_arm_of_the_ablations_spends_the_same_samples_and_is_told_beside_t
     labels = list(told["arms"])
     assert labels[0] == ablations.DEFAULT
     assert {label.split(":")[0] for label in labels[1:]} == {
-        "refill",
+        "overlap",
         "branching",
         "replacement",
         "population",
@@ -456,7 +456,7 @@ def test_arms_survive_the_way_to_another_process() -> None:
 def test_the_default_of_the_ablations_is_the_default(engine) -> None:
     reward = as_reward(lambda chat, responses: [float(len(text)) for text in responses], name="long")
     arm = ablations.arms(128, SAMPLING)[0]
-    assert arm.method == AISP(samples=128, iterations=4, refill=1.0)
+    assert arm.method == AISP(samples=128, iterations=4, overlap=1)
     assert ablations.arms(128, SAMPLING)[1].method == AISP(samples=128, iterations=4)
     assert AISP.samples // AISP.iterations == ablations.WAVE == 32
     assert align(engine, reward, arm.method, CHAT, sampling=SAMPLING).samples == 128

@@ -129,6 +129,24 @@ def test_what_goes_on_and_what_was_said_lately_is_not_read_again():
     assert max(width for _, width in shapes) > 1
 
 
+def test_more_rows_than_before_find_places(engine):
+    first, second = waves_of(engine, 2)
+    rollouts = decode(engine, replace(first, enough=2))
+    left = rollouts.unfinished.nonzero().squeeze(1)
+    more = replace(
+        first,
+        prefix=torch.cat([rollouts.tokens[left], second.prefix]),
+        cut=torch.cat([rollouts.lengths[left], second.cut]),
+        keys=torch.cat([first.keys[left], second.keys]),
+        temperatures=torch.cat([torch.full((len(left),), 1.5), torch.full((len(second),), 0.8)]),
+        held=rollouts.held,
+    )
+    assert len(more) > len(first)
+    tokens = decode(engine, more).tokens
+    assert torch.equal(tokens[: len(left)], decode(engine, first).tokens[left])
+    assert torch.equal(tokens[len(left) :], decode(engine, second).tokens)
+
+
 def test_columns_that_no_row_needs_are_cut_off(engine):
     """Many short rows one after the other: the steps are far more than the longest of them needs columns."""
     prompt = engine.encode(CHAT, seed=3)
@@ -186,12 +204,13 @@ def test_memory_that_runs_out_on_the_way_changes_nothing(engine):
 # -- the search -------------------------------------------------------------------------------------------------------
 
 SAMPLING = Sampling(max_tokens=8)
-SIZES = [(64, 4, 0.25), (50, 7, 0.5), (33, 4, 0.0), (24, 24, 0.25), (40, 1, 0.25)]
+SIZES = [(64, 4, 2, 0.25), (50, 7, 3, 0.5), (33, 4, 2, 0.0), (24, 24, 2, 0.25), (40, 1, 2, 0.25), (64, 4, 1, 0.25)]
 
 
-@pytest.mark.parametrize(("samples", "iterations", "refill"), SIZES)
-def test_all_samples_come_in_at_most_so_many_iterations(samples, iterations, refill):
-    found = outcome(play(AISP(samples, iterations, refill=refill), ToyEngine(), spells("badge"), SAMPLING))
+@pytest.mark.parametrize(("samples", "iterations", "overlap", "refill"), SIZES)
+def test_all_samples_come_in_at_most_so_many_iterations(samples, iterations, overlap, refill):
+    method = AISP(samples, iterations, overlap=overlap, refill=refill)
+    found = outcome(play(method, ToyEngine(), spells("badge"), SAMPLING))
     assert found.samples == len(found.candidates) == samples
     assert found.stopped == "iterations"
     assert 1 <= len(found.trace) <= iterations
@@ -227,9 +246,17 @@ def test_rows_go_on_at_their_own_temperature():
     assert any(len(set(wave.temperatures.tolist())) == 2 for wave in mixed)
 
 
-def test_a_refill_of_one_waits_for_whole_waves():
-    assert all(rollouts.unfinished is None for _, rollouts in toy_waves(AISP(96, 6, refill=1.0)))
-    assert any(rollouts.unfinished is not None for _, rollouts in toy_waves(AISP(96, 6)))
+def test_an_overlap_of_one_waits_for_whole_waves():
+    whole = toy_waves(AISP(96, 6, overlap=1))
+    assert [len(wave) for wave, _ in whole] == [16] * 6
+    assert all(rollouts.unfinished is None for _, rollouts in whole)
+
+
+@pytest.mark.parametrize("overlap", [2, 3])
+def test_so_many_iterations_decode_at_once(overlap):
+    sizes = [len(wave) for wave, _ in toy_waves(AISP(96, 6, overlap=overlap))]
+    assert sizes[0] == 16
+    assert max(sizes) == 16 * overlap
 
 
 @pytest.mark.parametrize("how", ["partial", "waits"])
@@ -289,6 +316,8 @@ def test_a_search_gives_the_same_answers_alone_and_beside_others(engine):
         assert list(callers.map(answers, range(4))) == alone
 
 
-def test_the_share_that_is_refilled_is_a_share():
-    with pytest.raises(ValueError, match=r"refill must be between 0 and 1, got 1\.5; 1 waits"):
+def test_settings_that_mean_nothing_are_refused():
+    with pytest.raises(ValueError, match=r"refill must be between 0 and 1, got 1\.5"):
         AISP(refill=1.5)
+    with pytest.raises(ValueError, match="overlap must be at least 1, got 0; 1 decodes whole waves"):
+        AISP(overlap=0)

@@ -276,7 +276,7 @@ def progress(method: AISP, seed: int, *, credit: bool) -> list[float]:
 
 def test_a_search_with_credit_finds_as_good_an_answer_with_fewer_samples():
     """Over 16 seeds, the same for both; standard errors of the means are about 0.2."""
-    method = AISP(samples=96, iterations=8, cooling=1.0, refill=1.0)
+    method = AISP(samples=96, iterations=8, cooling=1.0, overlap=1)
     without = [progress(method, seed, credit=False) for seed in range(16)]
     credited = [progress(method, seed, credit=True) for seed in range(16)]
     assert mean(best[-1] for best in credited) > mean(best[-1] for best in without) + 0.4
@@ -284,7 +284,7 @@ def test_a_search_with_credit_finds_as_good_an_answer_with_fewer_samples():
 
 
 def test_new_parents_have_no_credit_before_their_beginnings_are_scored():
-    engine, method = ToyEngine(), AISP(samples=8, iterations=2, refill=1.0)
+    engine, method = ToyEngine(), AISP(samples=8, iterations=2, overlap=1)
     state = method.init(problem(engine, Sampling(max_tokens=4)))
     wave = method.propose(state)
     rollouts = engine.decode(wave)
@@ -300,7 +300,7 @@ def test_the_first_wave_has_no_beginnings_to_ask_for():
 
 
 def test_responses_of_one_token_have_no_beginnings():
-    engine, method = ToyEngine(), AISP(samples=8, iterations=2, refill=1.0)
+    engine, method = ToyEngine(), AISP(samples=8, iterations=2, overlap=1)
     state = method.init(problem(engine, Sampling(max_tokens=1)))
     wave = method.propose(state)
     rollouts = engine.decode(wave)
