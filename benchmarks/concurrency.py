@@ -34,7 +34,7 @@ class Callers:
     def __init__(self, engine: TransformersEngine, rows: int, tokens: int) -> None:
         """Every row lasts for ``tokens`` tokens unless the model ends it before."""
         self.engine = engine
-        self.method = AISP(samples=WAVES * rows, iterations=WAVES)
+        self.method = AISP(samples=WAVES * rows, iterations=WAVES, overlap=1)  # so many rows at once, no more
         self.sampling = Sampling(max_tokens=tokens)
         self.reward = free_reward()
         self.answers: list[list[tuple[Candidate, ...]]] = []

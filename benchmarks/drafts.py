@@ -69,7 +69,7 @@ def shares(engine: TransformersEngine, temperature: float, args: argparse.Namesp
     counts = []
     for seed, chat in requests_of(args.requests, seed=5):
         problem = Problem(engine.encode(chat, seed=seed), sampling, engine.head)
-        counts.append(count(search(method, problem, Budget()), engine, reward))
+        counts.append(count(search(method, problem, Budget(), whole=True), engine, reward))
     found, new = (sum(each) for each in zip(*counts, strict=True))
     print(
         f"temperature {temperature:g}: {found} of {new} new tokens repeat an earlier response's, {found / new:.3f}",

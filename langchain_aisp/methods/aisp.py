@@ -213,7 +213,7 @@ class AISP:
     cooling: float = 0.25
     control_kl: float = 0.0
     overlap: int = 2
-    refill: float = 0.25
+    refill: float = 0.5
 
     def __post_init__(self) -> None:
         """Reject settings that leave nothing to search."""
