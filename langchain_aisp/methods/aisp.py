@@ -284,9 +284,11 @@ class AISP:
         everyone = children if state.population is None else state.population.join(children)
         population = everyone.best(self.population)
         weights = population.weights
-        positions = torch.arange(children.tokens.shape[1])
-        written = positions < children.lengths[:, None]
-        drawn = state.drawn + len(ended)
+        written = torch.arange(rows.tokens.shape[1]) < rows.lengths[:, None]
+        drawn, evidence = state.drawn + len(ended), state.evidence
+        if self.control_kl > 0:
+            decoded = written & (torch.arange(rows.tokens.shape[1]) >= wave.cut[:, None])
+            evidence = evidence.add(children, decoded[ended])
         after = replace(
             state,
             waves=state.waves + 1,
@@ -295,8 +297,8 @@ class AISP:
             goes_on=not any(state.drawn < end <= drawn for end in state.ends),
             population=population,
             cuts=None,
-            visited=torch.cat([state.visited, rows.nodes[positions < rows.lengths[:, None]]]).unique(),
-            evidence=state.evidence.add(children, written & (positions >= wave.cut[ended][:, None])),
+            visited=torch.cat([state.visited, rows.nodes[written]]).unique(),
+            evidence=evidence,
         )
         return after, {"ess": effective_sample_size(weights), "control_kl": self.control_kl}
 
