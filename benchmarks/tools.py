@@ -41,7 +41,8 @@ def main() -> None:
     made = tool_dialogues(options.split, options.dialogues, seed=options.seed)
     with ThreadPoolExecutor(CALLERS) as callers:
         outcomes = list(callers.map(lambda each: outcome(*chats, each), made))
-    table = {"all": outcomes, **{kind: [each for each in outcomes if each["kind"] == kind] for kind in KINDS}}
+    table = {"all": outcomes, "with results": [each for each in outcomes if each["results"]]}
+    table |= {kind: [each for each in outcomes if each["kind"] == kind] for kind in KINDS}
     counts = {kind: {what: rate(found, what) for what in COUNTED} for kind, found in table.items()}
     failures = [each for each in outcomes if not all(each[what] for what in COUNTED)]
     for kind, each in counts.items():

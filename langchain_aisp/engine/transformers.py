@@ -396,10 +396,9 @@ class TransformersEngine:
         prompt = len(wave.prompt.ids)
         response = min(wave.sampling.max_tokens, self.context_length - prompt)
         working = working_bytes(wave, self.head, self._heads, prompt + response)
-        keys = self.cache.row_bytes(prompt, response) * (
-            1 if wave.enough is None else 2
-        )  # rows that end are remembered
-        return self.cache.row_bytes(0, prompt), keys + working
+        keys = self.cache.row_bytes(prompt, response)
+        remembered = keys if wave.enough is not None else 0  # of rows that have ended, as others may begin like them
+        return self.cache.row_bytes(0, prompt), keys + remembered + working
 
     def _start(self, job: _Job, part: Tensor) -> None:
         """Read the prompt and the kept prefixes of some rows and put them into the batch."""
