@@ -266,7 +266,7 @@ def test_the_demo_grounds_its_answers_but_not_what_it_sends_block_by_block():
     demo = AISPChatModel(model="demo", method=METHOD, max_tokens=8)
     partial = as_reward(lambda chat, texts: [0.0] * len(texts), partial=True)
     assert _speech(demo, history).grammar is not None
-    assert _speech(demo, history, commit_every=4).grammar is None
+    assert _speech(demo, history, commit_every=4, reward=partial).grammar is None
     assert _speech(demo, history, grounded_answers=False).grammar is None
     with pytest.raises(ValueError, match="leave out commit_every, or .*grounded_answers"):
         demo.invoke(history, commit_every=4, grounded_answers=True, reward=partial)

@@ -58,7 +58,8 @@ def test_every_method_answers_every_prompt_with_every_seed(comparison, tmp_path)
         (prompt.id, seed, arm.label) for prompt in PROMPTS for seed in (0, 1) for arm in ARMS
     ]
     assert (news[-1].done, news[-1].total) == (12, 12)
-    assert sum(isinstance(each.iteration, Iteration) for each in news) == 6 * (2 + 4)
+    told = sum(isinstance(each.iteration, Iteration) for each in news)
+    assert 6 * (2 + 1) < told <= 6 * (2 + 4)  # of AISP at most four each, as its iterations overlap
 
 
 def test_a_run_tells_of_every_sample_what_the_rewards_say(comparison, tmp_path):

@@ -141,7 +141,7 @@ def test_its_text_tells_all_hyper_parameters(method: Method[Any]) -> None:
 def test_verbs_are_pure(method: Method[Any]) -> None:
     recorder = Recorder(method)
     aligned = outcome(play(recorder, ToyEngine(), spells("badge"), SAMPLING))
-    assert len(recorder.seen) == len(aligned.trace)
+    assert len(recorder.seen) >= len(aligned.trace)  # more where rows take the places of others
     assert all(same(state, earlier) for state, earlier in recorder.seen), "an update changed an old state in place"
 
 
@@ -217,15 +217,18 @@ def test_a_shortened_wave_is_learned_from_like_any_other(method: Method[Any], sa
 @every_method
 def test_what_is_reported_is_in_range(method: Method[Any]) -> None:
     played = list(play(method, ToyEngine(), spells("badge"), SAMPLING))
-    rows = [len(request) for request, _ in played if isinstance(request, Wave)]
+    ended = [len(answer.responses) for request, answer in played if isinstance(request, Wave)]
     steps = [request for request, _ in played if isinstance(request, Iteration)]
     aligned = played[-1][0]
-    assert len(rows) == len(steps)
-    assert len(steps) == method.iterations or aligned.stopped == "finished"
-    for step, count in zip(steps, rows, strict=True):
-        assert 1 <= step.ess <= count * (1 + 1e-6)
+    assert len(ended) >= len(steps)
+    assert len(steps) <= method.iterations
+    if len(ended) == len(steps):  # whole waves
+        assert len(steps) == method.iterations or aligned.stopped == "finished"
+        assert all(step.ess <= count * (1 + 1e-6) for step, count in zip(steps, ended, strict=True))
+    for step in steps:
+        assert 1 <= step.ess <= step.samples
         assert 0 <= step.control_kl < math.inf
-    assert sum(rows) == (ROWS.get(method.name, 24) or sum(rows))
+    assert sum(ended) == aligned.samples == (ROWS.get(method.name, 24) or aligned.samples)
 
 
 @every_method
@@ -277,7 +280,7 @@ def test_the_first_wave_is_plain_samples_and_the_answer_never_worse(method: Meth
     first_wave, rollouts = waves_of(method)[0]
     assert first_wave.steering is None
     [(_, plain)] = waves_of(BestOfN(samples=len(first_wave)))
-    assert torch.equal(rollouts.tokens, plain.tokens)
+    assert torch.equal(rollouts.tokens[rollouts.ended], plain.tokens[rollouts.ended])  # the others go on
     if getattr(method, "answer", "best") == "best":
         for seed in range(4):
             found, least = (
