@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
@@ -15,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 from langchain_aisp.types import Grammar, require
 
 _COMPILED = 64  # grammars kept; tools and schemas of a conversation come back turn after turn
-_BITS = torch.arange(32, dtype=torch.int32)
 
 
 class Grammars:
@@ -76,8 +76,8 @@ class Matchers:
         """Which tokens may follow, [r, V] bool on the CPU; the end tokens where the grammar is fulfilled."""
         masks = allocate_token_bitmask(len(self._matchers), self._vocabulary)
         fill_next_token_bitmask_par(self._executor, [(m, i) for i, m in enumerate(self._matchers)], masks)
-        bits = torch.from_numpy(masks)[..., None] >> _BITS & 1
-        return bits.flatten(1)[:, : self._vocabulary].bool()
+        bits = np.unpackbits(masks.view(np.uint8), axis=1, count=self._vocabulary, bitorder="little")
+        return torch.from_numpy(bits.view(np.bool_))
 
     def consume(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
         """Go on by one token in each of these rows."""
