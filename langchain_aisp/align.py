@@ -91,20 +91,19 @@ class Budget:
         """When decoding must end, on the clock of ``start``; None for no limit."""
         return None if self.seconds is None else start + self.seconds
 
-    def is_spent(self, samples: int, seconds: float) -> bool:
-        """Whether nothing more may be decoded."""
-        none_left = self.samples is not None and samples >= self.samples
-        return none_left or (self.seconds is not None and seconds >= self.seconds)
+    def spent(self, samples: int, seconds: float) -> Stopped | None:
+        """Which limit forbids to decode any more, if one does."""
+        if self.samples is not None and samples >= self.samples:
+            return "samples"
+        return "seconds" if self.seconds is not None and seconds >= self.seconds else None
 
     def reason_to_stop(self, now: Iteration, best: Candidate) -> Stopped | None:
         """Which limit the search has reached after an iteration, if any."""
         good = self.target_reward is not None and best.reward >= self.target_reward
         if good and best.response.complete and now.feasible:
             return "target_reward"
-        if self.samples is not None and now.samples >= self.samples:
-            return "samples"
-        if self.seconds is not None and now.seconds >= self.seconds:
-            return "seconds"
+        if (spent := self.spent(now.samples, now.seconds)) is not None:
+            return spent
         if self.patience is not None and now.iteration - best.iteration >= self.patience:
             return "patience"
         return None
@@ -367,7 +366,7 @@ def search(
         candidates += _candidates((len(trace), sum(map(len, scored))), rollouts, rewards, nats, begun)
         begun = [] if rollouts.unfinished is None else [begun[row] for row in rollouts.unfinished.nonzero().flatten()]
         scored.append(rewards)
-        if isinstance(state, Flowing) and state.goes_on and not budget.is_spent(len(candidates), clock() - start):
+        if isinstance(state, Flowing) and state.goes_on and not budget.spent(len(candidates), clock() - start):
             continue
         best = yield from ranking.best(candidates, state)
         now = Iteration(

@@ -47,6 +47,10 @@ def fold(keys: Tensor | int, data: Tensor | int) -> Tensor:
     keys, data = torch.as_tensor(keys, dtype=torch.int64), torch.as_tensor(data, dtype=torch.int64)
     if keys.device.type == data.device.type == "cpu":
         return torch.from_numpy(_fold_numpy(keys.numpy(), data.numpy()))
+    return _fold_torch(keys, data)
+
+
+def _fold_torch(keys: Tensor, data: Tensor) -> Tensor:
     return _mix(_mix(keys + _GOLDEN) ^ _mix(data * _GOLDEN + _MIX_1))
 
 
