@@ -89,7 +89,7 @@ class Bound:
         self.products = [
             module for module in engine.model.modules() if isinstance(module, nn.Linear) and module is not self.head
         ]
-        self.own = torch.randn(rows, self.heads, tokens, self.width)
+        self.own = [torch.randn(rows, self.heads, column, self.width) for column in range(1, tokens + 1)]
         self.query = torch.randn(rows, self.heads, self.group, self.width)
         self.uniforms = torch.rand(rows)
 
@@ -103,10 +103,10 @@ class Bound:
             nn.functional.scaled_dot_product_attention(read, read, read, is_causal=True)
         shared = torch.randn(self.heads, length, self.width)
         hidden = torch.randn(self.rows, self.head.in_features)
-        for column in range(1, self.tokens + 1):
+        for own in self.own:
             self._multiply(self.rows)
             for _ in range(self.layers):
-                self._attend(shared, self.own[:, :, :column])
+                self._attend(shared, own)
             inverse_cdf(self.head(hidden).softmax(dim=-1), self.uniforms)
 
     def _multiply(self, rows: int) -> None:
@@ -238,13 +238,21 @@ def measure(path: str, args: argparse.Namespace) -> dict[str, Any]:
             generate(engine, prompt, args.rows, args.tokens)
 
         bound = Bound(engine, args.rows, args.tokens)
+
+        def packed_bound(prompt: Prompt) -> None:
+            with engine.packed.installed():
+                bound(prompt)
+
         results: dict[str, Any] = {
             "rollouts_to_generate": compare(f"{name}: our rollouts / generate", engine, ours, theirs, args),
             "published_to_best_of_n": compare(f"{name}: published AISP / our Best-of-N", engine, steered, ours, args),
             f"rollouts_to_generate_prompt_{longer.prompt}": compare(
                 f"{name}: our rollouts / generate, {longer.prompt}-token prompt", engine, ours, theirs, longer
             ),
-            "rollouts_to_bound": compare(f"{name}: our rollouts / bare products", engine, ours, bound, args),
+            "rollouts_to_bound": compare(f"{name}: our rollouts / torch's bare products", engine, ours, bound, args),
+            "rollouts_to_packed_bound": compare(
+                f"{name}: our rollouts / our bare products", engine, ours, packed_bound, args
+            ),
             "aisp_to_best_of_n": aisp_to_best_of_n(name, engine, args),
         }
         vllm = open_vllm(path, args.rows, args.tokens)

@@ -24,6 +24,7 @@ _Words: TypeAlias = "np.ndarray[Any, np.dtype[np.uint64]]"
 UNIFORM_STREAM = 1
 NORMAL_STREAM = 2
 GUMBEL_STREAM = 3
+REDRAWN_STREAM = 4
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

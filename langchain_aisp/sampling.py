@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+_BLOCK = 64  # tokens
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
@@ -27,15 +30,35 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: Tensor, top_p: Tensor, t
     if bool(narrowed.any()):
         scaled[narrowed] = restrict(scaled[narrowed], top_p[narrowed], top_k[narrowed])
     tokens = inverse_cdf(scaled.softmax(dim=-1), uniforms)
-    return torch.where(greedy, logits.argmax(dim=-1), tokens)
+    return torch.where(greedy, logits.argmax(dim=-1), tokens) if bool(greedy.any()) else tokens
 
 
 def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """The token at which the cumulated probability [r, V] passes the uniform [r]; never one of probability 0."""
-    cdf = probabilities.cumsum(dim=-1)
+    """The token at which the cumulated probability [r, V] passes the uniform [r]; never one of probability 0.
+
+    The sums of blocks of tokens lead to a block, and its own tokens to one of them: a running sum over a vocabulary
+    would be one long chain of additions.
+
+    Returns:
+        [r] int64; V or more where the probabilities are not numbers.
+    """
+    blocks = pad(probabilities, (0, -probabilities.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
+    sums = blocks.sum(dim=-1)
+    block, before = _passes(sums, uniforms * sums.sum(dim=-1))
+    block = block.clamp(max=blocks.shape[1] - 1)  # where NaN was passed nowhere
+    rows = torch.arange(len(blocks), device=blocks.device)
+    token, _ = _passes(blocks[rows, block], before)
+    return block * _BLOCK + token
+
+
+def _passes(weights: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the running sum of weights [r, n] passes the threshold [r], and what is left of it before that weight."""
+    cdf = weights.cumsum(dim=-1)
     total = cdf[:, -1]
-    threshold = torch.minimum(uniforms * total, total.nextafter(torch.zeros_like(total)))  # rounding must not reach it
-    return torch.searchsorted(cdf, threshold.unsqueeze(1), right=True).squeeze(1)
+    threshold = torch.minimum(threshold, total.nextafter(torch.zeros_like(total)))  # rounding must not reach it
+    index = torch.searchsorted(cdf, threshold.unsqueeze(1), right=True).squeeze(1)
+    before = pad(cdf, (1, 0)).gather(1, index.unsqueeze(1)).squeeze(1)
+    return index, threshold - before
 
 
 def restrict(logits: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:

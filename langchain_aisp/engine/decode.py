@@ -164,6 +164,7 @@ class Rows:
         )
         self.matchers = self._open_matchers()
         self.kl_left = self._nats_to_spend()
+        self.masks_first = self._masks_first()
         self.observed = self._room_for_observations(width)
         self.error: Exception | None = None  # a steering or grammar that raised spoils its own wave alone
 
@@ -217,15 +218,19 @@ class Rows:
         last = stream.gather(1, position[:, None]).squeeze(1)
         return self.store, last, len(self.wave.prompt.ids) - 1 + position
 
-    def forbidden_now(self) -> Tensor | None:
-        """[r, V] bool, tokens that may not be the next one of the live rows; None when all may.
+    def forbid(self, *logits: Tensor) -> None:
+        """Set to ``-inf``, in place in [r, V] each, what is known of the live rows' next token before it is drawn."""
+        if self.masks_first:
+            self._mask(logits)
+        elif self.matchers is None and bool((early := self.position < self.sampling.min_tokens).any()):
+            for each in logits:  # a grammar says itself when a response may end
+                each[early.nonzero(), self.vocabulary.ends.nonzero().T] = -torch.inf
 
-        A grammar says itself when a response may end.
-        """
-        if self.matchers is not None:
-            return ~self.matchers.allowed().to(self.live.device)
-        early = self.position < self.sampling.min_tokens
-        return early[:, None] & self.vocabulary.ends if bool(early.any()) else None
+    def _mask(self, logits: Sequence[Tensor]) -> None:
+        assert self.matchers is not None
+        forbidden = self.matchers.forbidden().to(self.live.device)
+        for each in logits:
+            each.masked_fill_(forbidden, -torch.inf)
 
     def see(self, hidden: Tensor) -> None:
         """Observe the model's own pre-logits [r, D] of the live rows, if they are wanted."""
@@ -258,15 +263,27 @@ class Rows:
         self.observed["kl"][live, self.length[live]] = kl[active]
         return logits
 
-    def accept(self, tokens: Tensor, base: Tensor | None, head: SteeredHead) -> None:
-        """Append one token per live row, observe the unsteered logits ``base`` [r, V], end and drop rows."""
+    def accept(self, tokens: Tensor, logits: Tensor, base: Tensor | None, head: SteeredHead) -> None:
+        """Append one token per live row, observe what is wanted, end and drop rows.
+
+        Args:
+            tokens: [r], drawn from the logits.
+            logits: [r, V] that rows draw from again where their grammar refuses the token.
+            base: [r, V], the unsteered ones, to be observed.
+            head: Knows the gradient.
+        """
         active = self.reason[self.live] < 0
         live, tokens = self.live[active], tokens[active]
         position = self.length[live]
         if self.script is not None:
             tokens = self.script[live, position]
         if self.matchers is not None and self.error is None:
-            self._consume(self.matchers, active.nonzero().squeeze(1), tokens)
+            try:
+                if base is not None and not self.masks_first:
+                    self._mask([base])
+                tokens = self._obey(self.matchers, active.nonzero().squeeze(1), tokens, logits)
+            except Exception as error:
+                self.error = error
         if base is not None:
             self._observe(live, position, tokens, base[active], head)
         self.tokens[live, position] = tokens
@@ -279,11 +296,26 @@ class Rows:
         self._end(self.length >= self.limit, "length")
         self._give_up_places()
 
-    def _consume(self, matchers: Matchers, places: Tensor, tokens: Tensor) -> None:
-        try:
-            matchers.consume(places.tolist(), tokens.tolist())
-        except RuntimeError as error:
-            self.error = error
+    def _obey(self, matchers: Matchers, places: Tensor, tokens: Tensor, logits: Tensor) -> Tensor:
+        """The tokens [a] of rows in these places; those that the grammar refuses are drawn again from the allowed."""
+        rows, said = places.tolist(), tokens.tolist()
+        refused = matchers.consume(rows, said)
+        if not refused:
+            return tokens
+        if self.script is not None or self.masks_first:
+            message = (
+                f"the grammar refuses the token {said[refused[0]]} at position {int(self.position[rows[refused[0]]])}"
+            )
+            raise RuntimeError(message)
+        again = places[refused]
+        forbidden = matchers.forbidden(again.tolist()).to(logits.device)
+        keys = self.keys[self.live[again]].gather(1, self.position[again, None]).squeeze(1)
+        uniforms = noise.uniform(noise.fold(keys, noise.REDRAWN_STREAM))
+        choices = [each[again] for each in self.choices()]
+        tokens = tokens.clone()
+        tokens[refused] = draw(logits[again].masked_fill(forbidden, -torch.inf), uniforms, *choices)
+        matchers.consume(again.tolist(), tokens[refused].tolist())
+        return tokens
 
     @torch.inference_mode()
     def cut_off(self) -> None:
@@ -349,6 +381,17 @@ class Rows:
     def _has_enough(self, active: int) -> bool:
         """Whether the wave may come back while so many rows are still being decoded."""
         return self.enough is not None and len(self.index) - active >= self.enough
+
+    def _masks_first(self) -> bool:
+        """Whether the grammar has to restrict the distribution before anything is drawn from it.
+
+        Elsewhere a token is drawn from all and, if the grammar refuses it, once more from what is allowed. It then has
+        p(x) + (1 - A) p(x) / A = p(x) / A, where A is what is allowed in all: the same distribution, and as long as
+        the model keeps to the grammar by itself no mask is ever made. Not so under top-k and top-p, which are to look
+        at the allowed tokens only, and under a budget of nats.
+        """
+        narrowed = self.sampling.top_p < 1 or self.sampling.top_k > 0
+        return self.matchers is not None and (narrowed or self.kl_left is not None)
 
     def _open_matchers(self) -> Matchers | None:
         if self.sampling.grammar is None:
@@ -457,7 +500,10 @@ def _forward(cache: Cache, head: SteeredHead, batch: Sequence[Rows], graphs: Ste
     logits = logits.float() + vocabulary.forbidden
     steered, base = logits[:count], logits[count + padding :][:count] if both else logits[:count]
     for rows, here in _places(batch):
-        _forbid(rows, steered[here], base[here])
+        try:
+            rows.forbid(*([steered[here], base[here]] if both else [steered[here]]))
+        except Exception as error:
+            rows.error = error
         if rows.kl_left is not None:
             steered[here] = rows.within_budget(steered[here], base[here])
     tokens = _draw(steered, batch)
@@ -465,7 +511,7 @@ def _forward(cache: Cache, head: SteeredHead, batch: Sequence[Rows], graphs: Ste
         message = "the model's logits are not numbers; load it in bfloat16 or float32, float16 overflows easily"
         raise FloatingPointError(message)
     for rows, here in list(_places(batch)):  # accepting drops rows
-        rows.accept(tokens[here], base[here] if rows.observes_base else None, head)
+        rows.accept(tokens[here], steered[here], base[here] if rows.observes_base else None, head)
 
 
 def _replay(graphs: StepGraphs, rows: Rows, both: bool) -> Tensor | None:
@@ -491,25 +537,6 @@ def _places(batch: Sequence[Rows]) -> Iterator[tuple[Rows, slice]]:
     first = 0
     for rows in batch:
         yield rows, slice(first, first := first + len(rows))
-
-
-def _forbid(rows: Rows, *logits: Tensor) -> None:
-    """Set to ``-inf``, in place, what the rows may not say next: an end too soon, or what breaks their grammar."""
-    try:
-        forbidden = rows.forbidden_now()
-    except Exception as error:
-        rows.error = error
-        return
-    if forbidden is None:
-        return
-    if bool((logits[0].isneginf() | forbidden).all(dim=-1).any()):
-        rows.error = ValueError(
-            "the grammar allows nothing here that the model has a token for; control tokens other than ends and "
-            "markers of tools and thoughts are never said"
-        )
-        return
-    for each in logits:
-        each.masked_fill_(forbidden, -torch.inf)
 
 
 def _steer(hidden: Tensor, batch: Sequence[Rows], both: bool) -> Tensor:

@@ -1,4 +1,8 @@
-"""Grammars as masks over the vocabulary: one matcher per row, by llguidance."""
+"""Grammars over tokens: one matcher per row, by llguidance. They try tokens, and tell which ones may follow.
+
+To try a token costs a hundredth of a mask over the vocabulary, so masks are for rows whose token was refused and for
+those that want to know the whole distribution.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +19,24 @@ from transformers import PreTrainedTokenizerBase
 
 from langchain_aisp.types import Grammar, require
 
+_FILLED_ALONE = 1 << 14  # words of masks that this thread fills sooner than it wakes others
 _COMPILED = 64  # grammars kept; tools and schemas of a conversation come back turn after turn
 
 
 class Grammars:
     """Compiles grammars for one tokenizer, each once."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, ends: Iterable[int]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, sayable: Tensor, ends: Iterable[int]) -> None:
         """Take what decides which tokens there are; nothing is built before the first grammar comes.
 
         Args:
             tokenizer: A fast tokenizer of transformers.
-            vocabulary: V, the number of logits.
+            sayable: [V] bool, the tokens that a response may hold at all.
             ends: Tokens that end a response: what is drawn once a grammar is fulfilled.
         """
         self._tokenizer = tokenizer
-        self._vocabulary = vocabulary
+        self._sayable = sayable.numpy(force=True)
+        self._vocabulary = len(sayable)
         self._ends = sorted(ends)
         self._executor = LLExecutor()
         self._known = lru_cache(_COMPILED)(self._compile)
@@ -47,7 +53,7 @@ class Grammars:
         for matcher, tokens in zip(matchers, kept, strict=True):
             count = matcher.try_consume_tokens(list(tokens))
             require(count == len(tokens), f"a kept prefix breaks the grammar at its token {count} of {len(tokens)}")
-        return Matchers(matchers, self._vocabulary, self._executor)
+        return Matchers(matchers, self._sayable, self._executor)
 
     def _compile(self, source: str) -> LLMatcher:
         matcher = LLMatcher(self._view(), LLMatcher.grammar_from_lark(source), log_level=0)
@@ -66,26 +72,55 @@ class Grammars:
 class Matchers:
     """Where some rows stand in their grammar."""
 
-    def __init__(self, matchers: list[LLMatcher], vocabulary: int, executor: LLExecutor) -> None:
-        """Take one matcher per row."""
+    def __init__(self, matchers: list[LLMatcher], sayable: np.ndarray, executor: LLExecutor) -> None:
+        """Take one matcher per row, the sayable tokens [V] and what fills large masks."""
         self._matchers = matchers
-        self._vocabulary = vocabulary
+        self._vocabulary = len(sayable)
+        self._sayable = _words(sayable)
         self._executor = executor
 
-    def allowed(self) -> Tensor:
-        """Which tokens may follow, [r, V] bool on the CPU; the end tokens where the grammar is fulfilled."""
-        masks = allocate_token_bitmask(len(self._matchers), self._vocabulary)
-        fill_next_token_bitmask_par(self._executor, [(m, i) for i, m in enumerate(self._matchers)], masks)
-        bits = np.unpackbits(masks.view(np.uint8), axis=1, count=self._vocabulary, bitorder="little")
+    def forbidden(self, rows: Sequence[int] | None = None) -> Tensor:
+        """Which tokens may not follow, [r, V] bool on the CPU; where the grammar is fulfilled, all but the ends.
+
+        Args:
+            rows: Of these rows; None for all.
+
+        Raises:
+            ValueError: A row may say nothing at all.
+        """
+        matchers = self._matchers if rows is None else [self._matchers[row] for row in rows]
+        allowed = allocate_token_bitmask(len(matchers), self._vocabulary)
+        if allowed.size > _FILLED_ALONE:
+            fill_next_token_bitmask_par(self._executor, [(m, i) for i, m in enumerate(matchers)], allowed)
+        else:
+            first, size = allowed.ctypes.data, allowed.strides[0]
+            for row, matcher in enumerate(matchers):
+                matcher.unsafe_compute_mask_ptr(first + row * size, size)
+        require(
+            bool((allowed & self._sayable).view(np.uint32).max(axis=1).min()),
+            "the grammar allows nothing here that the model has a token for; control tokens other than ends and "
+            "markers of tools and thoughts are never said",
+        )
+        bits = np.unpackbits((~allowed).view(np.uint8), axis=1, count=self._vocabulary, bitorder="little")
         return torch.from_numpy(bits.view(np.bool_))
 
-    def consume(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
-        """Go on by one token in each of these rows."""
-        for row, token in zip(rows, tokens, strict=True):
-            matcher = self._matchers[row]
-            if not matcher.consume_token(token):
-                raise RuntimeError(f"a token that the grammar had allowed broke it: {matcher.get_error().strip()}")
+    def consume(self, rows: Sequence[int], tokens: Sequence[int]) -> list[int]:
+        """Go on by one token in each of these rows.
+
+        Returns:
+            Where in ``rows`` those are whose grammar refuses the token; they stay where they are.
+        """
+        said = zip(rows, tokens, strict=True)
+        return [at for at, (row, token) in enumerate(said) if not self._matchers[row].try_consume_tokens([token])]
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only these rows."""
         self._matchers = [self._matchers[row] for row in rows]
+
+
+def _words(bits: np.ndarray) -> np.ndarray:
+    """Bits [V] in words of 32, as llguidance lays out its masks."""
+    words = np.zeros(-(-len(bits) // 32), np.int32)
+    packed = np.packbits(bits, bitorder="little")
+    words.view(np.uint8)[: len(packed)] = packed
+    return words

@@ -99,7 +99,8 @@ class SlotStore:
         self.ragged = bool((start != 0).any())
         self.buffers: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values [n, heads, capacity, d]
         self._memory: _RowMemory | None = None
-        self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._masks: dict[tuple[int, int | None], Tensor] = {}  # of one forward pass
+        self._step_mask: Tensor | None = None  # of all steps until rows or columns change
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -108,7 +109,7 @@ class SlotStore:
     def select(self, rows: Tensor) -> None:
         """Keep only these rows [r]."""
         self.start = self.start[rows]
-        self._masks.clear()
+        self._step_mask = None
         self.buffers = {
             layer: (self._copy(keys, rows), self._copy(values, rows)) for layer, (keys, values) in self.buffers.items()
         }
@@ -122,7 +123,7 @@ class SlotStore:
             for layer, (keys, values) in self.buffers.items()
         }
         self.ragged = True
-        self._masks.clear()
+        self._step_mask = None
 
     def remember(self, places: Tensor, chains: Sequence[tuple[int, ...]]) -> None:
         """Keep the first keys of these rows [m], those of their chains, when others have taken their places."""
@@ -157,7 +158,7 @@ class SlotStore:
                 mine[places, :, self.column - other.column : self.column] = given[:, :, : other.column]
         self.start = start
         self.ragged = bool((start != 0).any())
-        self._masks.clear()
+        self._step_mask = None
 
     def advance(self, tokens: int) -> None:
         """Count what a forward pass has written."""
@@ -189,8 +190,10 @@ class SlotStore:
         asked, new = query.shape[2], key.shape[2]
         if layer.source == index:
             self._write(index, key, value)
-        keys, values = (part[:, :, : self.column + new] for part in self.buffers[layer.source])
-        mask = self._mask(new, asked, layer.window)
+        keys, values = self.buffers[layer.source]
+        columns = self._columns(keys, new)
+        keys, values = keys[:, :, :columns], values[:, :, :columns]
+        mask = self._mask(new, asked, layer.window, columns)
         if self.reads_prompt and scoring.plain:
             return _attend_piece(query, keys, values, mask, scoring.scaling)
         prompt = self.prompt.layers[layer.source] if self.prompt.length else None
@@ -236,32 +239,54 @@ class SlotStore:
         """How many columns to make room for when so many are needed."""
         return _whole_blocks(columns)
 
-    def _mask(self, new: int, asked: int, window: int | None) -> Tensor | None:
-        """What is added to the scores, [n, 1, 1, q, P + columns], or None when every key is visible."""
+    def _columns(self, buffer: Tensor, new: int) -> int:
+        """How many columns a pass looks at: those that are filled, in a step on a CPU all there are.
+
+        There a product with a part of each row's columns takes up to twice as long as one with them all.
+        """
+        return buffer.shape[2] if new == 1 and buffer.device.type == "cpu" else self.column + new
+
+    def _mask(self, new: int, asked: int, window: int | None, columns: int) -> Tensor | None:
+        """What is added to the scores, [n or 1, 1, 1, q, P + columns], or None when every key is visible."""
         longest = self.prompt.length + self.column + new
         if window is not None and longest <= window:
             window = None
-        if window is None and new == 1 and not self.ragged:
-            return None
+        if window is None and new == 1:
+            return self._mask_of_step(columns) if self.ragged or columns > self.column + new else None
         key = (asked, window)
         if key not in self._masks:
-            self._masks[key] = self._build_mask(new, asked, window)
+            self._masks[key] = self._build_mask(new, asked, window, columns)
         return self._masks[key]
 
-    def _build_mask(self, new: int, asked: int, window: int | None) -> Tensor:
+    def _mask_of_step(self, columns: int) -> Tensor:
+        """The mask of one new token that sees all before it: from step to step one more column is visible."""
+        length = self.prompt.length
+        if self._step_mask is None or self._step_mask.shape[-1] != length + columns:
+            first = self.start if self.ragged else self.start[:1]
+            own = torch.arange(-length, columns, device=first.device)
+            hidden = (own >= 0) & (own < first[:, None]) | (own > self.column)
+            self._step_mask = _hiding(hidden)[:, None, None, None]
+        self._step_mask[..., length + self.column] = 0
+        return self._step_mask
+
+    def _build_mask(self, new: int, asked: int, window: int | None, columns: int) -> Tensor:
         device = self.start.device
-        columns = torch.arange(self.column + new, device=device)
+        column = torch.arange(columns, device=device)
         first_own = self.start[:, None]  # [n, 1]
-        own = self.prompt.length + columns - first_own  # [n, columns] absolute positions, wrong before start
+        own = self.prompt.length + column - first_own  # [n, columns] absolute positions, wrong before start
         prompt = torch.arange(self.prompt.length, device=device).expand(len(self), -1)
         keys = torch.cat([prompt, own], dim=1)[:, None, :]
-        exists = torch.cat([torch.ones_like(prompt, dtype=torch.bool), columns >= first_own], dim=1)[:, None, :]
-        queries = own[:, -asked:, None]
+        exists = torch.cat([torch.ones_like(prompt, dtype=torch.bool), column >= first_own], dim=1)[:, None, :]
+        queries = own[:, self.column + new - asked : self.column + new, None]
         visible = exists & (keys <= queries)
         if window is not None:
             visible &= queries - keys < window
-        mask = torch.zeros(visible.shape, device=device).masked_fill_(~visible, torch.finfo(torch.float32).min / 2)
-        return mask[:, None, None]
+        return _hiding(~visible)[:, None, None]
+
+
+def _hiding(hidden: Tensor) -> Tensor:
+    """What is added to scores to hide keys: so much that nothing is left, but a number."""
+    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, torch.finfo(torch.float32).min / 2)
 
 
 def _whole_blocks(columns: int) -> int:

@@ -26,6 +26,7 @@ from langchain_aisp.engine.grammar import Grammars
 from langchain_aisp.engine.graphs import StepGraphs, cuda_capture
 from langchain_aisp.engine.loading import context_length, load_model, load_tokenizer, measure_head, output_head
 from langchain_aisp.engine.memory import free_bytes, working_bytes
+from langchain_aisp.engine.packed import PackedProducts
 from langchain_aisp.engine.prompt import PromptEncoder
 from langchain_aisp.engine.remembered import RememberedPrompts
 from langchain_aisp.engine.slots import SlotCache
@@ -66,6 +67,7 @@ class TransformersEngine:
         head: Width of the pre-logits, spread of the head and size of its vocabulary.
         context_length: Longest prompt plus answer, in tokens.
         cache: How the model remembers keys and values, see ``engine.cache``.
+        packed: On a CPU, the weights laid out for products of few rows, see ``engine.packed``.
         max_rows: Most rows that decode at once, fewer when the free memory holds fewer; halved when it runs out still.
     """
 
@@ -110,6 +112,7 @@ class TransformersEngine:
         self._head = SteeredHead(output_head(model))
         self.head = measure_head(model, self._head)
         self.cache = choose_cache(model)
+        self.packed = PackedProducts(model)
         self._graphs = self._make_graphs() if cuda_graphs else None
         self._vocabulary = self._make_vocabulary()
         self._prompts = RememberedPrompts(_share(self.cache.device, remembered_bytes))
@@ -270,7 +273,7 @@ class TransformersEngine:
         is_end[[token for token in ends if token < size]] = True
         forbidden[is_end] = 0
         device = self.cache.device
-        grammars = Grammars(self.tokenizer, size, is_end.nonzero().flatten().tolist())
+        grammars = Grammars(self.tokenizer, forbidden == 0, is_end.nonzero().flatten().tolist())
         return Vocabulary(forbidden.to(device), is_end.to(device), self._decode, grammars)
 
     def _make_graphs(self) -> StepGraphs:
@@ -335,15 +338,19 @@ class TransformersEngine:
         """The engine's thread: admit, decode a step, hand out what is done, until nothing comes any more."""
         while self._wait_for_work():
             try:
-                self._admit()
-                self._drop_abandoned()
-                if self._batch:
-                    decode_step(self.cache, self._head, [rows for _, rows in self._batch], self._graphs)
-                    self._hand_out()
+                with self.packed.installed():
+                    self._serve_once()
             except torch.OutOfMemoryError as error:
                 self._make_do_with_less(error)
             except Exception as error:  # the callers get it; the thread must outlive a broken wave
                 self._fail(error)
+
+    def _serve_once(self) -> None:
+        self._admit()
+        self._drop_abandoned()
+        if self._batch:
+            decode_step(self.cache, self._head, [rows for _, rows in self._batch], self._graphs)
+            self._hand_out()
 
     def _wait_for_work(self) -> bool:
         with self._wake:

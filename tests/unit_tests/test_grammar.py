@@ -14,6 +14,7 @@ from tests import tiny
 
 CHAT = [{"role": "user", "content": "Pick a few digits."}]
 DIGITS = Grammar(r"start: /[0-9]{3,6}/")
+EVERY_TOKEN = torch.ones(272, dtype=torch.bool)
 ITEM = Grammar(
     'start: %json {"type": "object", "properties": {"n": {"type": "integer", "maximum": 99}}, "required": ["n"]}'
 )
@@ -47,11 +48,11 @@ def test_without_it_the_model_says_nothing_of_the_kind(engine):
 
 def test_the_mask_lets_exactly_those_tokens_through_that_the_grammar_accepts_one_by_one():
     tokenizer = tiny.tokenizer()
-    grammars = Grammars(tokenizer, 272, [1])
+    grammars = Grammars(tokenizer, EVERY_TOKEN, [1])
     said = tokenizer('{"n": 4', add_special_tokens=False)["input_ids"]
     for kept in range(len(said) + 1):
         matchers = grammars.open(ITEM, [said[:kept]])
-        [allowed] = matchers.allowed()
+        [allowed] = ~matchers.forbidden()
         plain = [token for token in range(272) if matchers._matchers[0].deep_copy().consume_token(token)]
         assert allowed.nonzero().flatten().tolist() == plain
         assert plain
@@ -135,7 +136,7 @@ def test_a_reader_sees_control_tokens_and_no_end(engine):
 
 
 def test_a_grammar_is_compiled_once():
-    grammars = Grammars(tiny.tokenizer(), 272, [1])
+    grammars = Grammars(tiny.tokenizer(), EVERY_TOKEN, [1])
     for _ in range(3):
         grammars.open(DIGITS, [[]] * 4)
     grammars.open(ITEM, [[]])
