@@ -1,30 +1,38 @@
-"""What a grammar costs: decoding within a JSON schema against decoding freely, equal numbers of rows and tokens.
+"""What a grammar costs: decoding within it against decoding freely, in seconds per token, equal numbers of rows.
 
-Why: the mask is computed on the CPU for every row and step, and the larger the vocabulary, the more tokens there are to
-rule on. The schema holds one string that may not end before the last token, so both rivals decode every token of every
-row. The large vocabulary is that of a random-weight Llama with a made-up tokenizer: no word is real, every mask is.
+Two cases. A model that keeps to the grammar by itself, as where tools stand beside free text: tokens are only tried.
+This is measured on trained models, with and without a look at the whole distribution, which the default search takes
+and which needs a mask at every step. And a model that knows nothing of it: a random-weight Llama with a large, made-up
+vocabulary within a JSON schema, where nearly every token is refused, masked and drawn again.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.common import decode, save
-from benchmarks.speed import compare
+from benchmarks.common import decode, median_with_interval, pair, random_prompt, save, with_interval
+from langchain_aisp.demo.scenarios import scenarios
 from langchain_aisp.engine import TransformersEngine
-from langchain_aisp.noise import fold, uniform
-from langchain_aisp.types import Grammar, Prompt
+from langchain_aisp.noise import fold, uniform, wave_keys
+from langchain_aisp.types import Grammar, Observable, Prompt, Sampling, Wave
 
 _TEXT = '{"type": "object", "properties": {"text": {"type": "string", "minLength": 4000}}, "required": ["text"]}'
 TEXT = Grammar(f"start: %json {_TEXT}")
+ANYTHING = Grammar("start: /(?s:.*)/")
+
+T = TypeVar("T")
 
 
 def random_llama(vocabulary: int) -> TransformersEngine:
-    """A Llama whose tokens are bytes and made-up words of two to nine letters; 6.8 million weights if they are 4,096."""
+    """A Llama whose tokens are bytes and made-up words of two to nine letters; 6.8 million weights with 4,096."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -58,31 +66,89 @@ def made_up_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     )
 
 
+Tokens: TypeAlias = Callable[[T], int]
+"""Decodes something; says how many tokens."""
+
+
+def per_token(name: str, one: Tokens[T], other: Tokens[T], items: Sequence[T], warm_up: T) -> dict[str, Any]:
+    """Ratio of the seconds per token of two rivals, who may end at different places."""
+    counts: list[int] = []
+
+    def counted(work: Tokens[T], item: T) -> None:
+        counts.append(work(item))
+
+    rivals = partial(counted, one), partial(counted, other)
+    pair(*rivals, warm_up)
+    ratios = []
+    for number, item in enumerate(items):
+        counts.clear()
+        swap = bool(number % 2)
+        ours, theirs = pair(*rivals, item, swap=swap)
+        first, second = counts[::-1] if swap else counts
+        ratios.append((ours / first) / (theirs / second))
+    ratio = median_with_interval(ratios)
+    print(f"{name}: {with_interval(ratio)} over {len(items)} pairs", flush=True)
+    return {"ratio": ratio}
+
+
+def beside_text(path: str, args: argparse.Namespace) -> dict[str, Any]:
+    """A trained model answers conversations, within a grammar that lets any text through and without."""
+    engine = TransformersEngine.from_pretrained(path, device="cpu")
+    prompts = [
+        engine.encode(one.messages, seed=number) for number, one in enumerate(scenarios("test", args.pairs + 1, seed=3))
+    ]
+
+    def answer(prompt: Prompt, grammar: Grammar | None, observe: frozenset[Observable]) -> int:
+        keys = wave_keys(prompt.key, 0, torch.arange(args.rows), args.tokens)
+        start, sampling = torch.zeros(args.rows, dtype=torch.int64), Sampling(max_tokens=args.tokens, grammar=grammar)
+        wave = Wave(prompt, torch.zeros_like(keys), start, keys, sampling, observe=observe)
+        return engine.submit(wave).future.result().sampled_tokens
+
+    found = {}
+    cases: dict[str, frozenset[Observable]] = {"drawn": frozenset(), "observed": frozenset({"alternatives"})}
+    for case, observe in cases.items():
+        found[case] = per_token(
+            f"{Path(path).name}, {engine.head.vocabulary} tokens, {case}: within a grammar of text / free",
+            partial(answer, grammar=ANYTHING, observe=observe),
+            partial(answer, grammar=None, observe=observe),
+            prompts[1:],
+            prompts[0],
+        )
+    engine.close()
+    return {"vocabulary": engine.head.vocabulary, **found}
+
+
+def within_schema(vocabulary: int, args: argparse.Namespace) -> dict[str, Any]:
+    """A random model fills a schema."""
+    engine = random_llama(vocabulary)
+    prompts = [random_prompt(engine, args.prompt, number) for number in range(args.random_pairs + 1)]
+
+    def fill(prompt: Prompt, grammar: Grammar | None) -> int:
+        return decode(engine, prompt, args.rows, args.tokens, grammar).sampled_tokens
+
+    name = f"random, {vocabulary} tokens: within a schema / free"
+    found = per_token(name, partial(fill, grammar=TEXT), partial(fill, grammar=None), prompts[1:], prompts[0])
+    engine.close()
+    return found
+
+
 def main() -> None:
-    """Measure the small and the large vocabulary."""
+    """Measure trained models, then the large vocabulary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocabularies", type=int, nargs="+", default=[4096, 131_072])
+    parser.add_argument("models", nargs="*", default=["demo"], help="ids or folders of trained models")
+    parser.add_argument("--vocabularies", type=int, nargs="*", default=[131_072], help="of random models")
     parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--prompt", type=int, default=64, help="tokens")
-    parser.add_argument("--tokens", type=int, default=48, help="new tokens per row")
-    parser.add_argument("--pairs", type=int, default=31)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of random prompts")
+    parser.add_argument("--tokens", type=int, default=48, help="new tokens per row at most")
+    parser.add_argument("--pairs", type=int, default=61)
+    parser.add_argument("--random-pairs", type=int, default=11)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    results = {}
-    for vocabulary in args.vocabularies:
-        engine = random_llama(vocabulary)
-
-        def masked(prompt: Prompt, engine: TransformersEngine = engine) -> None:
-            decode(engine, prompt, args.rows, args.tokens, TEXT)
-
-        def free(prompt: Prompt, engine: TransformersEngine = engine) -> None:
-            decode(engine, prompt, args.rows, args.tokens, None)
-
-        results[str(vocabulary)] = compare(f"{vocabulary} tokens: within a schema / free", engine, masked, free, args)
-        engine.close()
+    trained = {Path(path).name: beside_text(path, args) for path in args.models}
+    random = {str(vocabulary): within_schema(vocabulary, args) for vocabulary in args.vocabularies}
     settings = {"rows": args.rows, "prompt_tokens": args.prompt, "new_tokens": args.tokens}
-    save("grammar", {**settings, "vocabularies": results})
+    save("grammar", {**settings, "trained": trained, "random": random})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import copy
 import inspect
 import sys
 from collections.abc import Sequence
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -104,6 +104,14 @@ class Cache(Protocol):
         ``padding`` extra rows are computed and left at the end. The logits are [rows, V]; when a hook on the head
         doubles its input's rows, they are doubled too.
         """
+
+
+@runtime_checkable
+class RaggedCache(Cache, Protocol):
+    """A cache with ragged stores, some of whose rows may read more than one token."""
+
+    def read(self, store: Any, places: Tensor, ids: Tensor, positions: Tensor) -> None:
+        """Let the rows in some places [m] of a store read the tokens ids [m, q] at positions [m, q]."""
 
 
 def decoder_config(model: PreTrainedModel) -> Any:

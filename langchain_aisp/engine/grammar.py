@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -70,17 +71,25 @@ class Grammars:
 
 
 class Matchers:
-    """Where some rows stand in their grammar."""
+    """Where some rows stand in their grammar.
+
+    One text can be cut into tokens in many ways, and a mask allows them all. Where the text has to go on in one way
+    only, such as a key of an object, ``forced`` gives the usual tokens of it, and nothing is left to choose.
+    """
 
     def __init__(self, matchers: list[LLMatcher], sayable: np.ndarray, executor: LLExecutor) -> None:
         """Take one matcher per row, the sayable tokens [V] and what fills large masks."""
         self._matchers = matchers
         self._vocabulary = len(sayable)
         self._sayable = _words(sayable)
+        self._is_sayable = sayable.item  # of a token
+        self._masks = allocate_token_bitmask(len(matchers), len(sayable))
         self._executor = executor
 
     def forbidden(self, rows: Sequence[int] | None = None) -> Tensor:
         """Which tokens may not follow, [r, V] bool on the CPU; where the grammar is fulfilled, all but the ends.
+
+        Forced tokens are not looked at.
 
         Args:
             rows: Of these rows; None for all.
@@ -89,29 +98,37 @@ class Matchers:
             ValueError: A row may say nothing at all.
         """
         matchers = self._matchers if rows is None else [self._matchers[row] for row in rows]
-        allowed = allocate_token_bitmask(len(matchers), self._vocabulary)
+        allowed = self._masks[: len(matchers)]
         if allowed.size > _FILLED_ALONE:
             fill_next_token_bitmask_par(self._executor, [(m, i) for i, m in enumerate(matchers)], allowed)
         else:
             first, size = allowed.ctypes.data, allowed.strides[0]
             for row, matcher in enumerate(matchers):
                 matcher.unsafe_compute_mask_ptr(first + row * size, size)
-        require(
-            bool((allowed & self._sayable).view(np.uint32).max(axis=1).min()),
-            "the grammar allows nothing here that the model has a token for; control tokens other than ends and "
-            "markers of tools and thoughts are never said",
-        )
+        if not bool((allowed & self._sayable).view(np.uint32).max(axis=1).min()):
+            message = (
+                "the grammar allows nothing here that the model has a token for; control tokens other than ends and "
+                "markers of tools and thoughts are never said"
+            )
+            raise ValueError(message)
         bits = np.unpackbits((~allowed).view(np.uint8), axis=1, count=self._vocabulary, bitorder="little")
         return torch.from_numpy(bits.view(np.bool_))
 
-    def consume(self, rows: Sequence[int], tokens: Sequence[int]) -> list[int]:
-        """Go on by one token in each of these rows.
+    def forced(self, rows: Sequence[int]) -> list[list[int]]:
+        """For each of these rows, the tokens that have to come next, as the tokenizer itself would cut their text."""
+        runs = (self._matchers[row].compute_ff_tokens() for row in rows)
+        return [list(takewhile(self._is_sayable, run)) if run else run for run in runs]
+
+    def consume(self, rows: Sequence[int], said: Sequence[list[int]]) -> list[int]:
+        """Go on by some tokens in each of these rows.
 
         Returns:
-            Where in ``rows`` those are whose grammar refuses the token; they stay where they are.
+            Where in ``rows`` those are whose grammar refuses a token; they stay where they are.
         """
-        said = zip(rows, tokens, strict=True)
-        return [at for at, (row, token) in enumerate(said) if not self._matchers[row].try_consume_tokens([token])]
+        pairs = zip(rows, said, strict=True)
+        return [
+            at for at, (row, tokens) in enumerate(pairs) if self._matchers[row].try_consume_tokens(tokens) < len(tokens)
+        ]
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only these rows."""

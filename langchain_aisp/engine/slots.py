@@ -153,12 +153,22 @@ class SlotStore:
                 for layer, (keys, values) in self.buffers.items()
             }
             start, self.column = start - unused, self.column - unused
+        width = min(other.column, self.column)  # what is left of it belongs to no row
         for layer, pair in other.buffers.items():
             for mine, given in zip(self.buffers[layer], pair, strict=True):
-                mine[places, :, self.column - other.column : self.column] = given[:, :, : other.column]
+                mine[places, :, self.column - width : self.column] = given[:, :, other.column - width : other.column]
         self.start = start
         self.ragged = bool((start != 0).any())
         self._step_mask = None
+
+    def pick(self, places: Tensor) -> SlotStore:
+        """A store of its own with copies of the rows in some places [m]."""
+        picked = SlotStore(self.prompt, self.start[places], self.column)
+        picked.buffers = {
+            layer: (self._copy(keys, places), self._copy(values, places))
+            for layer, (keys, values) in self.buffers.items()
+        }
+        return picked
 
     def advance(self, tokens: int) -> None:
         """Count what a forward pass has written."""
@@ -650,6 +660,12 @@ class SlotCache:
         store = SlotStore(prompt, torch.zeros(len(chains), dtype=torch.int64, device=self.device), 0)
         self.forward([store], ids, positions)
         return store
+
+    def read(self, store: SlotStore, places: Tensor, ids: Tensor, positions: Tensor) -> None:
+        """Let the rows in some places [m] read several tokens each, see ``RaggedCache``."""
+        rows = store.pick(places)
+        self.forward([rows], ids, positions)
+        store.put(places, rows)
 
     def step(self, batch: Sequence[tuple[SlotStore, Tensor, Tensor]], padding: int) -> Tensor:
         """Feed one token per row of all stores in one forward pass, see ``Cache``."""

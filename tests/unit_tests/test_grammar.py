@@ -1,5 +1,6 @@
 """Grammars: every candidate obeys, whatever the noise, the method and the neighbours."""
 
+import json
 import re
 from dataclasses import dataclass, replace
 
@@ -8,6 +9,7 @@ import torch
 
 from langchain_aisp import AISP, BestOfN, align, as_reward
 from langchain_aisp.engine import TransformersEngine
+from langchain_aisp.engine.decode import Rows
 from langchain_aisp.engine.grammar import Grammars
 from langchain_aisp.types import Grammar, Response, Sampling, Wave
 from tests import tiny
@@ -141,3 +143,91 @@ def test_a_grammar_is_compiled_once():
         grammars.open(DIGITS, [[]] * 4)
     grammars.open(ITEM, [[]])
     assert grammars._known.cache_info().misses == 2
+
+
+# -- tokens are tried first -------------------------------------------------------------------------------------------
+
+NAMED = Grammar(
+    'start: %json {"type": "object", "properties": {"customer_name": {"type": "string", "maxLength": 4}, '
+    '"delivery_city": {"enum": ["Rome", "Oslo"]}}, "required": ["customer_name", "delivery_city"], '
+    '"additionalProperties": false, "x-guidance": {"whitespace_flexible": false}}'
+)
+
+
+def test_a_refused_token_is_drawn_again_from_the_same_distribution_that_a_mask_gives(engine):
+    grammar = Grammar("start: /[0-9x-z]/")
+    wave = replace(wave_of(engine, grammar, rows=4000, length=1), observe=frozenset({"alternatives"}))
+    rollouts = decode(engine, wave)
+    ids, logprobs = (rollouts.observed[name][0, 0] for name in ("alternatives", "alternative_logprobs"))
+    expected = {int(token): float(logprob.exp()) for token, logprob in zip(ids, logprobs, strict=True)}
+    allowed = [engine.token_ids(letter)[0] for letter in "0123456789xyz"]
+    assert sum(expected[token] for token in allowed) == pytest.approx(1, abs=1e-5)
+    counts = rollouts.tokens[:, 0].bincount(minlength=272)
+    assert int(counts.sum()) == int(counts[allowed].sum()) == 4000
+    squares = [(int(counts[token]) - 4000 * expected[token]) ** 2 / (4000 * expected[token]) for token in allowed]
+    assert sum(squares) < 36.5  # chi-square of 12 degrees: one false alarm in 4,000
+
+
+def test_what_the_grammar_allows_anyway_is_said_as_without_it(engine):
+    anything = Grammar(r"start: /(?s:.)*/")
+    free = decode(engine, wave_of(engine, None, rows=16, length=8))
+    within = decode(engine, wave_of(engine, anything, rows=16, length=8))
+    same = free.tokens == within.tokens
+    assert float(same[:, 0].float().mean()) > 0.3  # of random bytes many are no text
+    kept = wave_of(engine, None, rows=16, length=8)
+    assert torch.equal(decode(engine, kept).tokens, free.tokens)
+
+
+@pytest.mark.parametrize("observe", [frozenset(), frozenset({"base_logprobs", "alternatives"})])
+def test_forced_tokens_are_read_in_one_pass_and_are_the_same_as_step_by_step(engine, monkeypatch, observe):
+    passes = []
+    step = type(engine.cache).step
+    monkeypatch.setattr(type(engine.cache), "step", lambda *a, **k: passes.append(1) or step(*a, **k))
+    wave = replace(wave_of(engine, NAMED, rows=8, length=64), observe=observe)
+    fast, steps = decode(engine, wave), len(passes)
+    monkeypatch.setattr(Rows, "_skip", lambda *_: None)
+    passes.clear()
+    plain = decode(engine, wave)
+    assert fast.responses == plain.responses
+    assert torch.equal(fast.tokens, plain.tokens)
+    seen, expected = fast.observed, plain.observed
+    for name in observe & {"base_logprobs"}:
+        torch.testing.assert_close(seen[name], expected[name], atol=1e-4, rtol=1e-4)
+    for name in observe & {"alternatives"}:
+        logprobs = expected["alternative_logprobs"]
+        torch.testing.assert_close(seen["alternative_logprobs"], logprobs, atol=1e-4, rtol=1e-4)
+        assert torch.equal(seen[name][logprobs.isfinite()], expected[name][logprobs.isfinite()])
+    assert steps < 0.6 * len(passes)
+    parsed = [json.loads(response.text) for response in fast.responses]
+    assert all(list(each) == ["customer_name", "delivery_city"] for each in parsed)
+
+
+def test_what_is_forced_is_sure(engine):
+    wave = replace(wave_of(engine, NAMED, length=64), observe=frozenset({"base_logprobs", "alternatives"}))
+    rollouts = decode(engine, wave)
+    key = engine.token_ids("customer_name")
+    for row in range(len(wave)):
+        tokens = rollouts.tokens[row].tolist()
+        first = next(at for at in range(len(tokens)) if tokens[at : at + len(key)] == key)
+        assert rollouts.observed["base_logprobs"][row, first : first + len(key)].tolist() == [0.0] * len(key)
+        assert int(rollouts.observed["alternative_logprobs"][row, first].isfinite().sum()) == 1
+
+
+def test_a_script_may_cut_a_forced_text_into_other_tokens():
+    engine = TransformersEngine.from_pretrained("demo")
+    prompt, text = engine.encode(CHAT, seed=2), '{"customer_name":'
+    letters = [token for letter in text for token in engine.token_ids(letter)]
+    found = {}
+    for name, said in (("letters", letters), ("usual", engine.token_ids(text))):
+        wave = Wave.saying(prompt, [said], Sampling(max_tokens=64, grammar=NAMED), observe={"base_logprobs"})
+        rollouts = decode(engine, wave)
+        assert rollouts.tokens[wave.said].tolist() == said
+        found[name] = rollouts.observed["base_logprobs"][wave.said].sum()
+    assert found["letters"] < found["usual"] == 0  # all of it is forced
+    engine.close()
+
+
+@pytest.mark.parametrize("limit", range(8, 30))
+def test_forced_tokens_end_at_the_limit(engine, limit):
+    rollouts = decode(engine, wave_of(engine, NAMED, length=limit))
+    assert int(rollouts.lengths.max()) <= limit
