@@ -1,14 +1,15 @@
-"""Which number of threads and which precision decodes fastest on this processor, for few, some and many rows.
+"""Which number of threads, precision and products decode fastest on this processor, for few, some and many rows.
 
 Why: torch has one number of threads per process, which rewards share, so the engine leaves it alone, and small models
-gain from few. bfloat16 is for processors that multiply it; on others it is slow. Every setting has an engine of its
-own, and they take turns.
+gain from few. bfloat16 is for processors that multiply it; on others it is slow. Weights that are laid out once
+(`engine.packed`) are a copy, which has to pay. Every setting has an engine of its own, and they take turns.
 """
 
 from __future__ import annotations
 
 import argparse
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,17 @@ def wave(engine: TransformersEngine, threads: int, rows: int, tokens: int, numbe
 
 
 Setting = tuple[int, str]
-"""Threads and precision."""
+"""Threads and what multiplies."""
+
+PLAIN = "float32, not packed"
+
+
+def load(model: str, products: str) -> TransformersEngine:
+    """An engine that multiplies in this way."""
+    engine = TransformersEngine.from_pretrained(model, device="cpu", dtype=products.removesuffix(", not packed"))
+    if products == PLAIN:
+        engine.packed.products = []
+    return engine
 
 
 def compare(engines: dict[Setting, TransformersEngine], rows: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -34,8 +45,8 @@ def compare(engines: dict[Setting, TransformersEngine], rows: int, args: argpars
     works = [partial(wave, engine, threads, rows, args.tokens) for (threads, _), engine in engines.items()]
     seconds = rounds(works, args.rounds)
     found = {}
-    for place, (threads, dtype) in enumerate(engines):
-        name = f"{threads} threads, {dtype}"
+    for place, (threads, products) in enumerate(engines):
+        name = f"{threads} threads, {products}"
         found[name] = median_with_interval([row[place] / row[0] for row in seconds])
         print(f"{rows} rows, {name}: {with_interval(found[name])} of the first one's seconds", flush=True)
     return {"rows": rows, "seconds": seconds, "ratios": found}
@@ -50,15 +61,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="new tokens per row")
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
-    settings = [(threads, dtype) for threads in dict.fromkeys(args.threads) for dtype in ("float32", "bfloat16")]
-    load = partial(TransformersEngine.from_pretrained, args.model, device="cpu")
-    engines = {(threads, dtype): load(dtype=dtype) for threads, dtype in settings}
+    ways = ("float32", PLAIN, "bfloat16")
+    settings = [(threads, products) for threads in dict.fromkeys(args.threads) for products in ways]
+    engines = {(threads, products): load(args.model, products) for threads, products in settings}
     try:
         found = [compare(engines, rows, args) for rows in args.rows]
     finally:
         for engine in engines.values():
             engine.close()
-    save("arithmetic", {"model": args.model, "threads_compared": args.threads, "waves": found})
+    save("arithmetic", {"model": Path(args.model).name, "threads_compared": args.threads, "waves": found})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,20 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from benchmarks import arithmetic, common, concurrency, drafts, gpu, memory, overlap, plots, scaling, speed, tools
+from benchmarks import (
+    arithmetic,
+    common,
+    concurrency,
+    drafts,
+    gpu,
+    grammar,
+    memory,
+    overlap,
+    plots,
+    scaling,
+    speed,
+    tools,
+)
 from langchain_aisp.engine import TransformersEngine
 from langchain_aisp.engine import transformers as engines
 from tests import tiny
@@ -87,7 +100,8 @@ def test_the_free_reward_tells_texts_apart_and_nothing_else() -> None:
 def test_speed_compares_every_rival(run: Run) -> None:
     sizes = ("--rows", "4", "--prompt", "8", "--tokens", "4", "--samples", "8", "--pairs", "2")
     [found] = run(speed, "demo", *sizes)["models"].values()
-    rivals = {"rollouts_to_generate", "rollouts_to_generate_prompt_32", "published_to_best_of_n", "rollouts_to_bound"}
+    rivals = {"rollouts_to_generate", "rollouts_to_generate_prompt_32", "published_to_best_of_n"}
+    rivals |= {"rollouts_to_bound", "rollouts_to_packed_bound"}
     for name in rivals | {"aisp_to_best_of_n"}:
         assert found[name]["ratio"]["median"] > 0
         assert len(found[name]["seconds"]) == 2
@@ -165,9 +179,24 @@ def test_concurrency_gives_every_caller_the_same_answer(run: Run) -> None:
 
 def test_arithmetic_compares_every_setting_with_the_first(run: Run) -> None:
     [found] = run(arithmetic, "--threads", "1", "2", "--rows", "4", "--tokens", "2", "--rounds", "2")["waves"]
-    assert list(found["ratios"]) == [f"{n} threads, {dtype}" for n in (1, 2) for dtype in ("float32", "bfloat16")]
+    ways = ("float32", "float32, not packed", "bfloat16")
+    assert list(found["ratios"]) == [f"{n} threads, {way}" for n in (1, 2) for way in ways]
     assert found["ratios"]["1 threads, float32"]["median"] == 1.0
-    assert [len(row) for row in found["seconds"]] == [4, 4]
+    assert [len(row) for row in found["seconds"]] == [6, 6]
+
+
+def test_grammar_compares_seconds_per_token(run: Run) -> None:
+    sizes = ("--rows", "4", "--tokens", "4", "--pairs", "2", "--random-pairs", "2", "--vocabularies", "4096")
+    last = run(grammar, *sizes)
+    assert last["trained"]["demo"]["vocabulary"] == 3072
+    ratios = (last["trained"]["demo"]["drawn"], last["trained"]["demo"]["observed"], last["random"]["4096"])
+    assert all(each["ratio"]["pairs"] == 2 and each["ratio"]["low"] > 0 for each in ratios)
+
+
+def test_a_ratio_per_token_counts_the_tokens_of_each_rival(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "pair", lambda one, two, item, swap=False: (one(item), two(item), (6.0, 2.0))[2])
+    found = grammar.per_token("ours / theirs", lambda _: 3, lambda _: 2, ["item"], "warm-up")
+    assert found["ratio"]["median"] == pytest.approx(2.0)
 
 
 def test_scoring_ahead_gives_the_same_answers(run: Run) -> None:
@@ -344,7 +373,7 @@ def test_a_picture_is_xml_that_names_its_lines() -> None:
 
 
 def test_a_benchmark_is_a_module_that_can_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (arithmetic, speed, concurrency, drafts, overlap, scaling, memory, gpu):
+    for module in (arithmetic, speed, concurrency, drafts, grammar, overlap, scaling, memory, gpu):
         monkeypatch.setattr(sys, "argv", [str(module.__file__), "--help"])
         with pytest.raises(SystemExit, match="0"):
             runpy.run_path(str(module.__file__), run_name="__main__")

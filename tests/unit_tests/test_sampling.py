@@ -53,6 +53,26 @@ def test_the_inverse_cdf_is_exact_at_known_points() -> None:
     assert inverse_cdf(probabilities, uniforms).tolist() == [0, 0, 2, 2, 3, 3]
 
 
+@pytest.mark.parametrize("size", [1, 17, 64, 65, 1000, 4096])
+def test_blocks_lead_to_the_token_that_one_running_sum_finds(size: int) -> None:
+    probabilities = logits_for(3, 200, size).softmax(dim=-1)
+    probabilities[:, ::3] *= size < 3  # many of probability 0
+    uniforms = uniform(fold(4, torch.arange(200)))
+    sums = probabilities.double().cumsum(dim=-1)
+    threshold = uniforms.double() * sums[:, -1]
+    expected = torch.searchsorted(sums, threshold[:, None], right=True).squeeze(1)
+    found = inverse_cdf(probabilities, uniforms)
+    near = (sums.gather(1, torch.minimum(found, expected)[:, None]).squeeze(1) - threshold).abs() < 1e-5
+    assert bool(((found == expected) | near).all())  # rounding may decide which of two neighbours
+    assert float((found == expected).float().mean()) > 0.97
+    assert bool((probabilities.gather(1, found[:, None]) > 0).all())
+
+
+def test_what_is_not_a_number_gives_no_token() -> None:
+    probabilities = torch.full((2, 100), torch.nan)
+    assert bool((inverse_cdf(probabilities, torch.tensor([0.1, 0.9])) >= 100).all())
+
+
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (1.0, 3), (0.7, 0), (0.9, 5), (0.3, 2), (1e-6, 0), (0.99, 100)])
 def test_restricting_keeps_what_a_plain_loop_keeps(seed: int, top_p: float, top_k: int) -> None:
