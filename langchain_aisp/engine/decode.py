@@ -89,10 +89,11 @@ class SteeredHead:
 class Held:
     """A store whose rows go on in another wave. Going on changes it, so whoever takes it first has it alone."""
 
-    def __init__(self, store: RaggedStore, places: Tensor) -> None:
-        """Hold a store in which the rows, in the order of their wave, have these places [c]."""
+    def __init__(self, store: RaggedStore, places: Tensor, matchers: Matchers | None) -> None:
+        """Hold a store in which the rows, in the order of their wave, have these places [c], and their matchers."""
         self._store: RaggedStore | None = store
         self._places = places
+        self.matchers = matchers
 
     def take(self, count: int) -> tuple[RaggedStore, Tensor, Tensor] | None:
         """The store with ``count`` places or more, those of its rows and the others; None if it is gone."""
@@ -159,6 +160,7 @@ class Rows:
         self.enough = wave.enough if len(index) == len(wave) else None
         self.live = (self.reason < 0).nonzero().squeeze(1)
         self.has_enough = self._has_enough(len(self.live))
+        self._going_on: Matchers | None = None  # of the first rows
         self.store: Any = self._go_on(cache, prompt) or (
             self._open(cache, prompt, self.live) if len(self.live) else None
         )
@@ -185,7 +187,8 @@ class Rows:
             return None
         if len(others):
             self.store.remember(others, self._chains(self.live[others]))
-        return Held(self.store, places[self.live[places].argsort()])
+        places = places[self.live[places].argsort()]
+        return Held(self.store, places, None if self.matchers is None else self.matchers.of(places.tolist()))
 
     @property
     def unfinished(self) -> Tensor:
@@ -222,21 +225,22 @@ class Rows:
     def forbid(self, *logits: Tensor) -> None:
         """Set to ``-inf``, in place in [r, V] each, what is known of the live rows' next token before it is drawn."""
         if self.masks_first:
-            self._mask(logits)
+            forbidden = self._forbidden(range(len(self)), self._forced(), check=True)
+            for each in logits:
+                each.masked_fill_(forbidden, -torch.inf)
         elif self.matchers is None and bool((early := self.position < self.sampling.min_tokens).any()):
             for each in logits:  # a grammar says itself when a response may end
                 each[early.nonzero(), self.vocabulary.ends.nonzero().T] = -torch.inf
 
-    def _mask(self, logits: Sequence[Tensor]) -> None:
+    def _forbidden(self, places: Sequence[int], forced: Sequence[list[int]], *, check: bool) -> Tensor:
+        """[a, V] bool, what rows in these places may not say: all but a forced token, or what breaks their grammar."""
         assert self.matchers is not None
-        forbidden = self.matchers.forbidden()
-        for place, run in enumerate(self._forced()):
-            if run:
-                forbidden[place] = True
-                forbidden[place, run[0]] = False
-        forbidden = forbidden.to(self.live.device)
-        for each in logits:
-            each.masked_fill_(forbidden, -torch.inf)
+        forbidden = self.matchers.forbidden(places, check=check)
+        for row, place in enumerate(places) if any(forced) else ():
+            if forced[place]:
+                forbidden[row] = True
+                forbidden[row, forced[place][0]] = False
+        return forbidden.to(self.live.device)
 
     def _forced(self) -> list[list[int]]:
         """For each live row, the tokens that its grammar leaves no choice of; a script may cut the text otherwise."""
@@ -292,17 +296,19 @@ class Rows:
         position = self.length[live]
         if self.script is not None:
             tokens = self.script[live, position]
+        seen = None if base is None else base[active]
         forced = None
         if self.matchers is not None and self.error is None:
+            places = active.nonzero().squeeze(1)
             try:
-                if base is not None and not self.masks_first:
-                    self._mask([base])
-                forced, places = self._forced(), active.nonzero().squeeze(1)
+                forced = self._forced()
+                if seen is not None and not self.masks_first:
+                    seen.masked_fill_(self._forbidden(places.tolist(), forced, check=False), -torch.inf)
                 tokens = self._obey(self.matchers, places, tokens, logits, forced)
             except Exception as error:
                 self.error = error
-        if base is not None:
-            self._observe(live, position, tokens, base[active], head)
+        if seen is not None:
+            self._observe(live, position, tokens, seen, head)
         self.tokens[live, position] = tokens
         self.length[live] = position + 1
         ended = torch.zeros_like(self.reason, dtype=torch.bool)
@@ -416,6 +422,8 @@ class Rows:
         if found is None:
             return None
         store, places, free = found
+        assert self.wave.held is not None
+        self._going_on = self.wave.held.matchers
         others = torch.arange(len(places), count, device=self.live.device)
         if len(others):
             known, recalled = store.recall(self._chains(others))
@@ -449,7 +457,8 @@ class Rows:
         if self.sampling.grammar is None:
             return None
         rows = zip(self.tokens[self.live].tolist(), self.position.tolist(), strict=True)
-        return self.vocabulary.grammars.open(self.sampling.grammar, [tokens[:count] for tokens, count in rows])
+        said = [tokens[:count] for tokens, count in rows]
+        return self.vocabulary.grammars.open(self.sampling.grammar, said, self.live.tolist(), self._going_on)
 
     def _end(self, ended: Tensor, reason: FinishReason) -> None:
         self.reason[ended & (self.reason < 0)] = _REASONS.index(reason)

@@ -6,7 +6,8 @@ those that want to know the whole distribution.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from copy import copy
 from functools import lru_cache
 from itertools import takewhile
 
@@ -43,18 +44,26 @@ class Grammars:
         self._known = lru_cache(_COMPILED)(self._compile)
         self._view = lru_cache(1)(self._read_tokenizer)
 
-    def open(self, grammar: Grammar, kept: Sequence[Sequence[int]]) -> Matchers:
-        """Matchers for rows that have said the tokens ``kept`` [r] already.
+    def open(
+        self, grammar: Grammar, kept: Sequence[list[int]], rows: Sequence[int] = (), going_on: Matchers | None = None
+    ) -> Matchers:
+        """Matchers for rows that have said something already.
+
+        Args:
+            grammar: What they obey.
+            kept: Their tokens, one list per row.
+            rows: The rows' numbers, of which the first ones go on:
+            going_on: with matchers that know what they have said.
 
         Raises:
             ValueError: The grammar cannot be compiled, or what is kept breaks it.
         """
         start = self._known(grammar.source)
-        matchers = [start.deep_copy() for _ in kept]
-        for matcher, tokens in zip(matchers, kept, strict=True):
-            count = matcher.try_consume_tokens(list(tokens))
-            require(count == len(tokens), f"a kept prefix breaks the grammar at its token {count} of {len(tokens)}")
-        return Matchers(matchers, self._sayable, self._executor)
+        known = [] if going_on is None else going_on.matchers
+        numbers = rows or range(len(known), len(known) + len(kept))
+        pairs = zip(numbers, kept, strict=True)
+        matchers = [known[row] if row < len(known) else _advanced(start, tokens) for row, tokens in pairs]
+        return Matchers(matchers, self._sayable, self._ends, self._executor)
 
     def _compile(self, source: str) -> LLMatcher:
         matcher = LLMatcher(self._view(), LLMatcher.grammar_from_lark(source), log_level=0)
@@ -75,29 +84,36 @@ class Matchers:
 
     One text can be cut into tokens in many ways, and a mask allows them all. Where the text has to go on in one way
     only, such as a key of an object, ``forced`` gives the usual tokens of it, and nothing is left to choose.
+
+    Attributes:
+        matchers: One per row.
     """
 
-    def __init__(self, matchers: list[LLMatcher], sayable: np.ndarray, executor: LLExecutor) -> None:
-        """Take one matcher per row, the sayable tokens [V] and what fills large masks."""
-        self._matchers = matchers
+    def __init__(
+        self, matchers: list[LLMatcher], sayable: np.ndarray, ends: Collection[int], executor: LLExecutor
+    ) -> None:
+        """Take one matcher per row, the sayable tokens [V], the ends, and what fills large masks."""
+        self.matchers = matchers
+        self._ends = ends
         self._vocabulary = len(sayable)
         self._sayable = _words(sayable)
         self._is_sayable = sayable.item  # of a token
         self._masks = allocate_token_bitmask(len(matchers), len(sayable))
         self._executor = executor
 
-    def forbidden(self, rows: Sequence[int] | None = None) -> Tensor:
-        """Which tokens may not follow, [r, V] bool on the CPU; where the grammar is fulfilled, all but the ends.
+    def forbidden(self, rows: Sequence[int], *, check: bool = True) -> Tensor:
+        """Which tokens may not follow in these rows, [r, V] bool on the CPU; all but the ends in a fulfilled grammar.
 
         Forced tokens are not looked at.
 
         Args:
-            rows: Of these rows; None for all.
+            rows: The rows.
+            check: Look for rows that can say nothing.
 
         Raises:
-            ValueError: A row may say nothing at all.
+            ValueError: A row can say nothing.
         """
-        matchers = self._matchers if rows is None else [self._matchers[row] for row in rows]
+        matchers = [self.matchers[row] for row in rows]
         allowed = self._masks[: len(matchers)]
         if allowed.size > _FILLED_ALONE:
             fill_next_token_bitmask_par(self._executor, [(m, i) for i, m in enumerate(matchers)], allowed)
@@ -105,7 +121,7 @@ class Matchers:
             first, size = allowed.ctypes.data, allowed.strides[0]
             for row, matcher in enumerate(matchers):
                 matcher.unsafe_compute_mask_ptr(first + row * size, size)
-        if not bool((allowed & self._sayable).view(np.uint32).max(axis=1).min()):
+        if check and not bool((allowed & self._sayable).view(np.uint32).max(axis=1).min()):
             message = (
                 "the grammar allows nothing here that the model has a token for; control tokens other than ends and "
                 "markers of tools and thoughts are never said"
@@ -116,7 +132,7 @@ class Matchers:
 
     def forced(self, rows: Sequence[int]) -> list[list[int]]:
         """For each of these rows, the tokens that have to come next, as the tokenizer itself would cut their text."""
-        runs = (self._matchers[row].compute_ff_tokens() for row in rows)
+        runs = (self.matchers[row].compute_ff_tokens() for row in rows)
         return [list(takewhile(self._is_sayable, run)) if run else run for run in runs]
 
     def consume(self, rows: Sequence[int], said: Sequence[list[int]]) -> list[int]:
@@ -126,13 +142,29 @@ class Matchers:
             Where in ``rows`` those are whose grammar refuses a token; they stay where they are.
         """
         pairs = zip(rows, said, strict=True)
-        return [
-            at for at, (row, tokens) in enumerate(pairs) if self._matchers[row].try_consume_tokens(tokens) < len(tokens)
-        ]
+        return [at for at, (row, tokens) in enumerate(pairs) if not self._accepts(self.matchers[row], tokens)]
+
+    def _accepts(self, matcher: LLMatcher, tokens: list[int]) -> bool:
+        if matcher.try_consume_tokens(tokens) == len(tokens):
+            return True
+        return matcher.is_stopped() and tokens[0] in self._ends  # who can say no more takes not even an end
+
+    def of(self, rows: Sequence[int]) -> Matchers:
+        """Those of some rows alone, which go on with them."""
+        chosen = copy(self)
+        chosen.select(rows)
+        return chosen
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only these rows."""
-        self._matchers = [self._matchers[row] for row in rows]
+        self.matchers = [self.matchers[row] for row in rows]
+
+
+def _advanced(start: LLMatcher, tokens: list[int]) -> LLMatcher:
+    matcher = start.deep_copy()
+    count = matcher.try_consume_tokens(tokens)
+    require(count == len(tokens), f"a kept prefix breaks the grammar at its token {count} of {len(tokens)}")
+    return matcher
 
 
 def _words(bits: np.ndarray) -> np.ndarray:

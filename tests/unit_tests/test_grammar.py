@@ -54,8 +54,8 @@ def test_the_mask_lets_exactly_those_tokens_through_that_the_grammar_accepts_one
     said = tokenizer('{"n": 4', add_special_tokens=False)["input_ids"]
     for kept in range(len(said) + 1):
         matchers = grammars.open(ITEM, [said[:kept]])
-        [allowed] = ~matchers.forbidden()
-        plain = [token for token in range(272) if matchers._matchers[0].deep_copy().consume_token(token)]
+        [allowed] = ~matchers.forbidden([0])
+        plain = [token for token in range(272) if matchers.matchers[0].deep_copy().consume_token(token)]
         assert allowed.nonzero().flatten().tolist() == plain
         assert plain
 
