@@ -237,7 +237,7 @@ class Rows:
         assert self.matchers is not None
         forbidden = self.matchers.forbidden(places, check=check)
         for row, place in enumerate(places) if any(forced) else ():
-            if forced[place]:
+            if forced[place] and not forbidden[row, forced[place][0]]:
                 forbidden[row] = True
                 forbidden[row, forced[place][0]] = False
         return forbidden.to(self.live.device)
@@ -282,7 +282,9 @@ class Rows:
         self.observed["kl"][live, self.length[live]] = kl[active]
         return logits
 
-    def accept(self, tokens: Tensor, logits: Tensor, base: Tensor | None, head: SteeredHead) -> None:
+    def accept(
+        self, tokens: Tensor, logits: Tensor, base: Tensor | None, head: SteeredHead, *, skip: bool = True
+    ) -> None:
         """Append one token per live row, observe what is wanted, end and drop rows.
 
         Args:
@@ -290,6 +292,7 @@ class Rows:
             logits: [r, V] that rows draw from again where their grammar refuses the token.
             base: [r, V], the unsteered ones, to be observed.
             head: Knows the gradient.
+            skip: Whether tokens that are forced may be read at once; a graph's keys cannot move.
         """
         active = self.reason[self.live] < 0
         live, tokens = self.live[active], tokens[active]
@@ -317,7 +320,7 @@ class Rows:
         if self.sampling.stop:
             self._end_at_stop_strings(live)
         self._end(self.length >= self.limit, "length")
-        if self._ragged is not None and self._may_skip and forced is not None:
+        if self._ragged is not None and self._may_skip and skip and forced is not None and self.error is None:
             self._skip(self._ragged, forced)
         self._give_up_places()
 
@@ -325,11 +328,11 @@ class Rows:
         self, matchers: Matchers, places: Tensor, tokens: Tensor, logits: Tensor, forced: Sequence[list[int]]
     ) -> Tensor:
         """The tokens [a] of rows in these places: forced ones, and others for those that the grammar refuses."""
-        rows = places.tolist()
-        said = [forced[row][0] if forced[row] else token for row, token in zip(rows, tokens.tolist(), strict=True)]
-        refused = matchers.consume(rows, [[token] for token in said])
-        if any(forced):
+        rows, said = places.tolist(), tokens.tolist()
+        if any(forced) and not self.masks_first:
+            said = [forced[row][0] if forced[row] else token for row, token in zip(rows, said, strict=True)]
             tokens = torch.tensor(said, device=tokens.device)
+        refused = matchers.consume(rows, [[token] for token in said])
         if not refused:
             return tokens
         if self.script is not None or self.masks_first:
@@ -344,12 +347,14 @@ class Rows:
         choices = [each[again] for each in self.choices()]
         tokens = tokens.clone()
         tokens[refused] = draw(logits[again].masked_fill(forbidden, -torch.inf), uniforms, *choices)
-        matchers.consume(again.tolist(), tokens[refused, None].tolist())
+        if matchers.consume(again.tolist(), tokens[refused, None].tolist()):
+            raise RuntimeError("the grammar refuses a token that it had allowed")
         return tokens
 
     def _skip(self, cache: RaggedCache, forced: Sequence[list[int]]) -> None:
         """Read the rest of forced tokens in one pass, where that spares more rows a step than a step has rows."""
-        assert self.matchers is not None
+        if max(map(len, forced)) < 2:
+            return
         going, counts = (self.reason[self.live] < 0).tolist(), self.length[self.live].tolist()
         limits = [self.limit] * len(going) if isinstance(self.limit, int) else self.limit[self.live].tolist()
         spared: dict[int, list[int]] = {}
@@ -358,16 +363,17 @@ class Rows:
                 spared.setdefault(min(len(run) - 1, limits[place] - counts[place]), []).append(place)
         for count, members in spared.items():
             if count * len(members) > len(self):
-                self._say(cache, members, [forced[place][: count + 1] for place in members])
+                self._say_at_once(cache, members, [forced[place][: count + 1] for place in members])
 
-    def _say(self, cache: RaggedCache, places: list[int], runs: list[list[int]]) -> None:
+    def _say_at_once(self, cache: RaggedCache, places: list[int], runs: list[list[int]]) -> None:
         """Append runs of forced tokens, equally long, whose first token is there already."""
         assert self.matchers is not None
         device, at = self.live.device, torch.tensor(places, device=self.live.device)
         said, rows = torch.tensor(runs, device=device), self.live[at]
         where = self.length[rows][:, None] + torch.arange(said.shape[1] - 1, device=device)  # of all but the first
         cache.read(self.store, at, said[:, :-1], len(self.wave.prompt.ids) + where - 1)
-        self.matchers.consume(places, [run[1:] for run in runs])
+        if self.matchers.consume(places, [run[1:] for run in runs]):
+            self.error = RuntimeError("the grammar refuses tokens that it had said must follow")
         self.tokens[rows[:, None], where] = said[:, 1:]
         self.length[rows] += where.shape[1]
         if "alternatives" in self.observed:  # there are none; all else that is observed is 0 where nothing is chosen
@@ -572,7 +578,8 @@ def _forward(cache: Cache, head: SteeredHead, batch: Sequence[Rows], graphs: Ste
         message = "the model's logits are not numbers; load it in bfloat16 or float32, float16 overflows easily"
         raise FloatingPointError(message)
     for rows, here in list(_places(batch)):  # accepting drops rows
-        rows.accept(tokens[here], steered[here], base[here] if rows.observes_base else None, head)
+        seen = base[here] if rows.observes_base else None
+        rows.accept(tokens[here], steered[here], seen, head, skip=graphs is None)
 
 
 def _replay(graphs: StepGraphs, rows: Rows, both: bool) -> Tensor | None:

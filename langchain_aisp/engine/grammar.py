@@ -1,6 +1,6 @@
 """Grammars over tokens: one matcher per row, by llguidance. They try tokens, and tell which ones may follow.
 
-To try a token costs a hundredth of a mask over the vocabulary, so masks are for rows whose token was refused and for
+To try a token costs a fraction of a mask over the vocabulary, so masks are for rows whose token was refused and for
 those that want to know the whole distribution.
 """
 

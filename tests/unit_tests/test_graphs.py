@@ -14,7 +14,7 @@ from langchain_aisp.engine.decode import SteeredHead
 from langchain_aisp.engine.graphs import Bucket, StepGraphs
 from langchain_aisp.engine.slots import SlotCache
 from langchain_aisp.methods.published import GaussianSteering
-from langchain_aisp.types import Rollouts, Wave
+from langchain_aisp.types import Grammar, Rollouts, Wave
 from tests import tiny
 from tests.architectures import BY_TITLE, VOCABULARY, build
 
@@ -96,6 +96,14 @@ def test_steering_and_observation_act_through_the_buffers(engine, plain, observe
     assert not torch.equal(got.tokens, decode(engine, replace(wave, steering=None)).tokens)
     for name, values in expected.observed.items():
         torch.testing.assert_close(got.observed[name], values, atol=1e-4, rtol=1e-4)
+
+
+def test_forced_tokens_are_said_one_by_one_by_graphs(engine, plain) -> None:
+    """They are not read in one pass there: the rows' keys would move."""
+    key = '{"type": "object", "properties": {"customer_name": {"type": "integer"}}, "required": ["customer_name"]}'
+    wave = tiny.wave(engine.encode(CHAT, seed=4), 8, 40, grammar=Grammar(f"start: %json {key}"))
+    assert torch.equal(decode(engine, wave).tokens, decode(plain, wave).tokens)
+    assert recorder(engine).replays >= 20
 
 
 def test_each_bucket_is_recorded_once(engine) -> None:
