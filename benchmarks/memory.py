@@ -1,4 +1,4 @@
-"""Peak memory of a request on a CPU, above the weights and the keys and values that it cannot do without.
+"""Peak memory of a request on a CPU, above the weights, their packed copy, and the keys and values.
 
 Why: what remains is the price of the method and the engine: libraries, logits, observations for the search, copies.
 It must stay below 1 GiB whatever the model. Each request runs in a process of its own, because a process does not give
@@ -74,16 +74,17 @@ def measure(case: Case) -> dict[str, Any]:
         sampling = Sampling(max_tokens=case.tokens, min_tokens=case.tokens)
         found = align(engine, free_reward(), case.search(), long_chat(engine, case.prompt), sampling=sampling)
         peak = resident("VmHWM")
-        weights = weight_bytes(engine.model)
+        weights, packed = weight_bytes(engine.model), engine.packed.size
         keys = cache_bytes(engine.model, case.rows, found.prompt_tokens, case.tokens)
     return {
         **asdict(case),
         "prompt": found.prompt_tokens,
         "peak": peak,
         "weights": weights,
+        "packed_weights": packed,
         "keys_and_values": keys,
         "libraries": libraries,
-        "above": peak - weights - keys,
+        "above": peak - weights - packed - keys,
         "taken_by_the_request": peak - loaded - keys,
     }
 

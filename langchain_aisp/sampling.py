@@ -42,7 +42,8 @@ def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     Returns:
         [r] int64; V or more where the probabilities are not numbers.
     """
-    blocks = pad(probabilities, (0, -probabilities.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
+    missing = -probabilities.shape[1] % _BLOCK
+    blocks = (pad(probabilities, (0, missing)) if missing else probabilities).unflatten(1, (-1, _BLOCK))
     sums = blocks.sum(dim=-1)
     block, before = _passes(sums, uniforms * sums.sum(dim=-1))
     block = block.clamp(max=blocks.shape[1] - 1)  # where NaN was passed nowhere

@@ -40,6 +40,11 @@ class PackedProducts:
             logger.info("weights are not packed: the copies would take %d MiB", size >> 20)
         self.products = [_Product(module) for module in found] if roomy and _can_pack() else []
 
+    @property
+    def size(self) -> int:
+        """Bytes of the copies."""
+        return sum(product.module.weight.nbytes for product in self.products)
+
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Let the model's layers use the packed weights."""
