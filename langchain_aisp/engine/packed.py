@@ -47,14 +47,15 @@ class PackedProducts:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Let the model's layers use the packed weights."""
+        """Let the model's layers use the packed weights; one that got a forward of its own since keeps it."""
         for product in self.products:  # past Module.__setattr__, which costs more than it serves here
-            product.module.__dict__["forward"] = product
+            product.module.__dict__.setdefault("forward", product)
         try:
             yield
         finally:
             for product in self.products:
-                product.module.__dict__.pop("forward", None)
+                if product.module.__dict__.get("forward") is product:
+                    del product.module.__dict__["forward"]
 
 
 class _Product:

@@ -69,6 +69,17 @@ def test_gradients_are_those_of_torch() -> None:
     assert model[0].weight.grad is not None
 
 
+@torch.inference_mode()
+def test_a_layer_that_was_wrapped_since_keeps_its_wrapper() -> None:
+    with torch.inference_mode(mode=False):
+        model = layers((16, 8))
+    products = PackedProducts(model)
+    vars(model[0])["forward"] = lambda rows: rows
+    with products.installed():
+        assert model(torch.ones(4, 16)).shape == (4, 16)
+    assert "forward" in vars(model[0])
+
+
 def test_a_model_can_be_copied_while_its_products_are_packed() -> None:
     model = layers((16, 8))
     products = PackedProducts(model)
