@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
+from llguidance import LLMatcher
 from torch import Tensor, nn
 
 from langchain_aisp import noise
@@ -89,8 +90,8 @@ class SteeredHead:
 class Held:
     """A store whose rows go on in another wave. Going on changes it, so whoever takes it first has it alone."""
 
-    def __init__(self, store: RaggedStore, places: Tensor, matchers: Matchers | None) -> None:
-        """Hold a store in which the rows, in the order of their wave, have these places [c], and their matchers."""
+    def __init__(self, store: RaggedStore, places: Tensor, matchers: Sequence[LLMatcher]) -> None:
+        """Hold a store in which the rows, in the order of their wave, have these places [c]; their matchers, if any."""
         self._store: RaggedStore | None = store
         self._places = places
         self.matchers = matchers
@@ -160,7 +161,7 @@ class Rows:
         self.enough = wave.enough if len(index) == len(wave) else None
         self.live = (self.reason < 0).nonzero().squeeze(1)
         self.has_enough = self._has_enough(len(self.live))
-        self._going_on: Matchers | None = None  # of the first rows
+        self._going_on: Sequence[LLMatcher] = ()  # of the first rows
         self.store: Any = self._go_on(cache, prompt) or (
             self._open(cache, prompt, self.live) if len(self.live) else None
         )
@@ -188,7 +189,8 @@ class Rows:
         if len(others):
             self.store.remember(others, self._chains(self.live[others]))
         places = places[self.live[places].argsort()]
-        return Held(self.store, places, None if self.matchers is None else self.matchers.of(places.tolist()))
+        matchers = [] if self.matchers is None else [self.matchers.matchers[place] for place in places.tolist()]
+        return Held(self.store, places, matchers)
 
     @property
     def unfinished(self) -> Tensor:
@@ -462,9 +464,9 @@ class Rows:
     def _open_matchers(self) -> Matchers | None:
         if self.sampling.grammar is None:
             return None
-        rows = zip(self.tokens[self.live].tolist(), self.position.tolist(), strict=True)
-        said = [tokens[:count] for tokens, count in rows]
-        return self.vocabulary.grammars.open(self.sampling.grammar, said, self.live.tolist(), self._going_on)
+        known, live = self._going_on, zip(self.live.tolist(), self.position.tolist(), strict=True)
+        rows = [known[row] if row < len(known) else self.tokens[row, :count].tolist() for row, count in live]
+        return self.vocabulary.grammars.open(self.sampling.grammar, rows)
 
     def _end(self, ended: Tensor, reason: FinishReason) -> None:
         self.reason[ended & (self.reason < 0)] = _REASONS.index(reason)

@@ -7,7 +7,6 @@ those that want to know the whole distribution.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from copy import copy
 from functools import lru_cache
 from itertools import takewhile
 
@@ -44,25 +43,14 @@ class Grammars:
         self._known = lru_cache(_COMPILED)(self._compile)
         self._view = lru_cache(1)(self._read_tokenizer)
 
-    def open(
-        self, grammar: Grammar, kept: Sequence[list[int]], rows: Sequence[int] = (), going_on: Matchers | None = None
-    ) -> Matchers:
-        """Matchers for rows that have said something already.
-
-        Args:
-            grammar: What they obey.
-            kept: Their tokens, one list per row.
-            rows: The rows' numbers, of which the first ones go on:
-            going_on: with matchers that know what they have said.
+    def open(self, grammar: Grammar, rows: Sequence[list[int] | LLMatcher]) -> Matchers:
+        """Matchers for rows: of each the tokens that it has said already, or a matcher that knows them.
 
         Raises:
             ValueError: The grammar cannot be compiled, or what is kept breaks it.
         """
         start = self._known(grammar.source)
-        known = [] if going_on is None else going_on.matchers
-        numbers = rows or range(len(known), len(known) + len(kept))
-        pairs = zip(numbers, kept, strict=True)
-        matchers = [known[row] if row < len(known) else _advanced(start, tokens) for row, tokens in pairs]
+        matchers = [row if isinstance(row, LLMatcher) else _advanced(start, row) for row in rows]
         return Matchers(matchers, self._sayable, self._ends, self._executor)
 
     def _compile(self, source: str) -> LLMatcher:
@@ -148,12 +136,6 @@ class Matchers:
         if matcher.try_consume_tokens(tokens) == len(tokens):
             return True
         return matcher.is_stopped() and tokens[0] in self._ends  # who can say no more takes not even an end
-
-    def of(self, rows: Sequence[int]) -> Matchers:
-        """Those of some rows alone, which go on with them."""
-        chosen = copy(self)
-        chosen.select(rows)
-        return chosen
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only these rows."""
