@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.common import decode, median_with_interval, pair, random_prompt, save, with_interval
+from benchmarks.common import decode, median_with_interval, random_prompt, save, seconds_of, with_interval
 from langchain_aisp.demo.scenarios import scenarios
 from langchain_aisp.engine import TransformersEngine
 from langchain_aisp.noise import fold, uniform, wave_keys
@@ -72,23 +72,24 @@ Tokens: TypeAlias = Callable[[T], int]
 
 def per_token(name: str, one: Tokens[T], other: Tokens[T], items: Sequence[T], warm_up: T) -> dict[str, Any]:
     """Ratio of the seconds per token of two rivals, who may end at different places."""
-    counts: list[int] = []
-
-    def counted(work: Tokens[T], item: T) -> None:
-        counts.append(work(item))
-
-    rivals = partial(counted, one), partial(counted, other)
-    pair(*rivals, warm_up)
-    ratios = []
+    rivals = one, other
+    for rival in rivals:
+        rival(warm_up)
+    seconds = []
     for number, item in enumerate(items):
-        counts.clear()
-        swap = bool(number % 2)
-        ours, theirs = pair(*rivals, item, swap=swap)
-        first, second = counts[::-1] if swap else counts
-        ratios.append((ours / first) / (theirs / second))
-    ratio = median_with_interval(ratios)
+        turns = (1, 0) if number % 2 else (0, 1)
+        found = {which: seconds_per_token(rivals[which], item) for which in turns}
+        seconds.append([found[0], found[1]])
+    ratio = median_with_interval([a / b for a, b in seconds])
     print(f"{name}: {with_interval(ratio)} over {len(items)} pairs", flush=True)
-    return {"ratio": ratio}
+    return {"ratio": ratio, "seconds_per_token": seconds}
+
+
+def seconds_per_token(work: Tokens[T], item: T) -> float:
+    """How long each token took."""
+    counts: list[int] = []
+    seconds = seconds_of(lambda: counts.append(work(item)))
+    return seconds / counts[0]
 
 
 def beside_text(path: str, args: argparse.Namespace) -> dict[str, Any]:

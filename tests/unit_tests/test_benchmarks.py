@@ -194,9 +194,10 @@ def test_grammar_compares_seconds_per_token(run: Run) -> None:
 
 
 def test_a_ratio_per_token_counts_the_tokens_of_each_rival(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar, "pair", lambda one, two, item, swap=False: (one(item), two(item), (6.0, 2.0))[2])
-    found = grammar.per_token("ours / theirs", lambda _: 3, lambda _: 2, ["item"], "warm-up")
+    monkeypatch.setattr(grammar, "seconds_of", lambda work: (work(), 6.0)[1])
+    found = grammar.per_token("ours / theirs", lambda _: 2, lambda _: 4, ["one", "two"], "warm-up")
     assert found["ratio"]["median"] == pytest.approx(2.0)
+    assert found["seconds_per_token"] == [[3.0, 1.5]] * 2
 
 
 def test_scoring_ahead_gives_the_same_answers(run: Run) -> None:
