@@ -1,9 +1,10 @@
 """What a grammar costs: decoding within it against decoding freely, in seconds per token, equal numbers of rows.
 
 Two cases. A model that keeps to the grammar by itself, as where tools stand beside free text: tokens are only tried.
-This is measured on trained models, with and without a look at the whole distribution, which the default search takes
-and which needs a mask at every step. And a model that knows nothing of it: a random-weight Llama with a large, made-up
-vocabulary within a JSON schema, where nearly every token is refused, masked and drawn again.
+This is measured on trained models: drawing alone; as the default search decodes, which keeps likely alternatives; with
+a look at the whole allowed distribution, as for log-probabilities, which needs a mask at every step; and the default
+search as a whole, under a reward that costs nothing. And a model that knows nothing of it: a random-weight Llama with
+a large, made-up vocabulary within a JSON schema, where nearly every token is refused, masked and drawn again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.common import decode, median_with_interval, random_prompt, save, seconds_of, with_interval
+from benchmarks.common import decode, free_reward, median_with_interval, random_prompt, save, seconds_of, with_interval
+from langchain_aisp import AISP, align
 from langchain_aisp.demo.scenarios import scenarios
 from langchain_aisp.engine import TransformersEngine
 from langchain_aisp.noise import fold, uniform, wave_keys
@@ -105,14 +107,25 @@ def beside_text(path: str, args: argparse.Namespace) -> dict[str, Any]:
         wave = Wave(prompt, torch.zeros_like(keys), start, keys, sampling, observe=observe)
         return engine.submit(wave).future.result().sampled_tokens
 
+    def search(prompt: Prompt, grammar: Grammar | None) -> int:
+        sampling = Sampling(max_tokens=args.tokens, grammar=grammar)
+        aligned = align(engine, free_reward(), AISP(), prompt.chat, sampling=sampling)
+        return aligned.sampled_tokens
+
     found = {}
-    cases: dict[str, frozenset[Observable]] = {"drawn": frozenset(), "observed": frozenset({"alternatives"})}
-    for case, observe in cases.items():
+    cases: dict[str, Callable[..., int]] = {
+        "drawn": partial(answer, observe=frozenset()),
+        "as searched": partial(answer, observe=frozenset({"unchecked_alternatives"})),
+        "observed": partial(answer, observe=frozenset({"alternatives"})),
+        "default search": search,
+    }
+    for case, work in cases.items():
+        every = 3 if case == "default search" else 1  # a search takes its time
         found[case] = per_token(
             f"{Path(path).name}, {engine.head.vocabulary} tokens, {case}: within a grammar of text / free",
-            partial(answer, grammar=ANYTHING, observe=observe),
-            partial(answer, grammar=None, observe=observe),
-            prompts[1:],
+            partial(work, grammar=ANYTHING),
+            partial(work, grammar=None),
+            prompts[1::every],
             prompts[0],
         )
     engine.close()

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Hashable, Iterable, Mapping, Sequence
@@ -590,7 +591,9 @@ def _start(engine: Engine, reward: Reward, method: Method[Any], chat: Chat, sett
     )
     start = time.monotonic()
     budget = settings.get("budget", Budget())
-    problem = Problem(prompt, settings["sampling"], engine.head)
+    sampling = settings["sampling"]
+    allowed = None if sampling.grammar is None else functools.partial(engine.allowed, sampling.grammar)
+    problem = Problem(prompt, sampling, engine.head, allowed)
     partial = bool(getattr(reward, "partial", False))
     steps = search(
         method,

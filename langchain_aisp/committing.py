@@ -27,6 +27,7 @@ from langchain_aisp.types import (
     Chat,
     Ended,
     Engine,
+    Grammar,
     Head,
     Info,
     Method,
@@ -347,6 +348,10 @@ class _Continued:
         """Decode what follows the committed tokens; nothing is told early, for that would be with these tokens."""
         ticket = self.engine.submit(self._whole(wave), deadline=deadline)
         return Ticket(gather([ticket.future], lambda rollouts: self._rest(rollouts[0])).future, ticket.cancel)
+
+    def allowed(self, grammar: Grammar, tokens: Tensor, choices: Tensor) -> Tensor:
+        """Never asked, since answers in blocks are refused a grammar."""
+        raise NotImplementedError("an answer that is sent in blocks obeys no grammar")
 
     def _whole(self, wave: Wave) -> Wave:
         """The wave with the committed tokens before its own."""

@@ -21,7 +21,7 @@ Chat = Sequence[Mapping[str, Any]]
 """A conversation: dicts with at least ``role`` and ``content``, as chat templates take them."""
 
 FinishReason = Literal["stop", "length", "timeout"]
-Observable = Literal["base_logprobs", "alternatives", "scores", "prelogits"]
+Observable = Literal["base_logprobs", "alternatives", "unchecked_alternatives", "scores", "prelogits"]
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -132,7 +132,9 @@ class Wave:
         steering: Offsets to the pre-logits, or None.
         observe: Extras that cost time: ``base_logprobs`` (log-probability of each drawn token under the unsteered
             model at temperature 1, among the tokens allowed at its position), ``alternatives`` (its likeliest tokens
-            per position), ``scores`` (gradient of that log-probability by the pre-logits), ``prelogits`` (what the
+            per position), ``unchecked_alternatives`` (the same, and by the same name, but a grammar may forbid some of
+            them: it costs far less to ask ``Engine.allowed`` about a few rows than to look at every step of all),
+            ``scores`` (gradient of that log-probability by the pre-logits), ``prelogits`` (what the
             model's head is given at each position, before any steering).
         forced: Nothing is drawn: each row says the rest of its prefix, up to the first -1, and ends, so that given
             responses can be observed.
@@ -360,6 +362,18 @@ class Engine(Protocol):
             ended: Is told what rows say as soon as they end; an engine that cannot may leave it alone.
         """
 
+    def allowed(self, grammar: Grammar, tokens: Tensor, choices: Tensor) -> Tensor:
+        """Which tokens a grammar lets stand in place of a response's own.
+
+        Args:
+            grammar: What the responses obey.
+            tokens: [r, L] int64, responses, -1 after their end.
+            choices: [r, L, K] int64, tokens for each position.
+
+        Returns:
+            [r, L, K] bool; False after the end.
+        """
+
 
 class Reward(Protocol):
     """Scores candidates; higher is better.
@@ -399,11 +413,19 @@ def parts_of(reward: Reward) -> Iterator[Reward]:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a method is given to solve."""
+    """What a method is given to solve.
+
+    Attributes:
+        prompt: What to answer.
+        sampling: How tokens are drawn.
+        head: What may be known of the model's head.
+        allowed: ``Engine.allowed`` for the request's grammar; None where there is no grammar.
+    """
 
     prompt: Prompt
     sampling: Sampling
     head: Head
+    allowed: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 Info = Mapping[str, float]

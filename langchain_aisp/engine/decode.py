@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _ROW_MULTIPLE = 4  # a CPU's matrix products give a row the same bits for any count of rows from four on
 _IDLE_SHARE = 8  # one place in so many may be idle: to give some up costs a copy of the others
 _REASONS: tuple[FinishReason, ...] = ("stop", "length", "timeout")
+_WITHOUT_MASKS: frozenset[Observable] = frozenset({"prelogits", "unchecked_alternatives"})
 
 S = TypeVar("S")
 
@@ -307,9 +308,9 @@ class Rows:
             places = active.nonzero().squeeze(1)
             try:
                 forced = self._forced()
-                if seen is not None and not self.masks_first:
+                if seen is not None and not self.masks_first and self.wave.observe - _WITHOUT_MASKS:
                     seen.masked_fill_(self._forbidden(places.tolist(), forced, check=False), -torch.inf)
-                tokens = self._obey(self.matchers, places, tokens, logits, forced)
+                tokens = self._obey(self.matchers, places, tokens, logits, seen, forced)
             except Exception as error:
                 self.error = error
         if seen is not None:
@@ -327,9 +328,18 @@ class Rows:
         self._give_up_places()
 
     def _obey(
-        self, matchers: Matchers, places: Tensor, tokens: Tensor, logits: Tensor, forced: Sequence[list[int]]
+        self,
+        matchers: Matchers,
+        places: Tensor,
+        tokens: Tensor,
+        logits: Tensor,
+        seen: Tensor | None,
+        forced: Sequence[list[int]],
     ) -> Tensor:
-        """The tokens [a] of rows in these places: forced ones, and others for those that the grammar refuses."""
+        """The tokens [a] of rows in these places: forced ones, and others for those that the grammar refuses.
+
+        Where it refuses one, what is ``seen`` [a, V] is restricted to what it allows.
+        """
         rows, said = places.tolist(), tokens.tolist()
         if any(forced) and not self.masks_first:
             said = [forced[row][0] if forced[row] else token for row, token in zip(rows, said, strict=True)]
@@ -347,6 +357,8 @@ class Rows:
         keys = self.keys[self.live[again]].gather(1, self.position[again, None]).squeeze(1)
         uniforms = noise.uniform(noise.fold(keys, noise.REDRAWN_STREAM))
         choices = [each[again] for each in self.choices()]
+        if seen is not None:
+            seen[refused] = seen[refused].masked_fill(forbidden, -torch.inf)
         tokens = tokens.clone()
         tokens[refused] = draw(logits[again].masked_fill(forbidden, -torch.inf), uniforms, *choices)
         if matchers.consume(again.tolist(), tokens[refused, None].tolist()):
@@ -511,7 +523,7 @@ class Rows:
         }
         if "base_logprobs" in self.wave.observe:
             observed["base_logprobs"] = room((rows, length), dtype=torch.float32)
-        if "alternatives" in self.wave.observe:
+        if self.wave.observe & {"alternatives", "unchecked_alternatives"}:
             observed["alternatives"] = room((rows, length, kept))
             observed["alternative_logprobs"] = room((rows, length, kept), dtype=torch.float32)
         if self.kl_left is not None:

@@ -1,7 +1,7 @@
 """Grammars over tokens: one matcher per row, by llguidance. They try tokens, and tell which ones may follow.
 
-To try a token costs a fraction of a mask over the vocabulary, so masks are for rows whose token was refused and for
-those that want to know the whole distribution.
+To try a token costs a fraction of a mask over the vocabulary, so masks are for rows whose token was refused, for those
+that want to know the whole distribution, and for responses that others branch off from.
 """
 
 from __future__ import annotations
@@ -53,6 +53,18 @@ class Grammars:
         matchers = [row if isinstance(row, LLMatcher) else _advanced(start, row) for row in rows]
         return Matchers(matchers, self._sayable, self._ends, self._executor)
 
+    def allowed(self, grammar: Grammar, tokens: Tensor, choices: Tensor) -> Tensor:
+        """Which choices [r, L, K] the grammar lets stand in place of each token [r, L]; see ``Engine.allowed``."""
+        found = np.zeros(choices.shape, np.bool_)
+        start, offered = self._known(grammar.source), choices.numpy(force=True)
+        for row, said in enumerate(tokens.tolist()):
+            matchers = Matchers([start.deep_copy()], self._sayable, self._ends, self._executor)
+            for position, token in enumerate(takewhile(lambda token: token >= 0, said)):
+                found[row, position] = matchers.allows(0, offered[row, position])
+                if matchers.consume([0], [[token]]):
+                    break
+        return torch.from_numpy(found)
+
     def _compile(self, source: str) -> LLMatcher:
         matcher = LLMatcher(self._view(), LLMatcher.grammar_from_lark(source), log_level=0)
         require(not matcher.is_error(), f"the grammar cannot be compiled: {matcher.get_error().strip()}")
@@ -101,14 +113,7 @@ class Matchers:
         Raises:
             ValueError: A row can say nothing.
         """
-        matchers = [self.matchers[row] for row in rows]
-        allowed = self._masks[: len(matchers)]
-        if allowed.size > _FILLED_ALONE:
-            fill_next_token_bitmask_par(self._executor, [(m, i) for i, m in enumerate(matchers)], allowed)
-        else:
-            first, size = allowed.ctypes.data, allowed.strides[0]
-            for row, matcher in enumerate(matchers):
-                matcher.unsafe_compute_mask_ptr(first + row * size, size)
+        allowed = self._fill(rows)
         if check and not bool((allowed & self._sayable).view(np.uint32).max(axis=1).min()):
             message = (
                 "the grammar allows nothing here that the model has a token for; control tokens other than ends and "
@@ -117,6 +122,25 @@ class Matchers:
             raise ValueError(message)
         bits = np.unpackbits((~allowed).view(np.uint8), axis=1, count=self._vocabulary, bitorder="little")
         return torch.from_numpy(bits.view(np.bool_))
+
+    def allows(self, row: int, tokens: np.ndarray) -> np.ndarray:
+        """Which of these tokens [K] may follow in a row, [K] bool; a forced token alone may."""
+        words = (self._fill([row]) & self._sayable)[0]
+
+        forced = np.array(self.forced([row])[0][:1], np.int64)
+        return tokens == forced if _bits(words, forced).any() else _bits(words, tokens)
+
+    def _fill(self, rows: Sequence[int]) -> np.ndarray:
+        """Masks [r, V / 32] of these rows, good until they are filled again."""
+        matchers = [self.matchers[row] for row in rows]
+        masks = self._masks[: len(matchers)]
+        if masks.size > _FILLED_ALONE:
+            fill_next_token_bitmask_par(self._executor, [(m, i) for i, m in enumerate(matchers)], masks)
+        else:
+            first, size = masks.ctypes.data, masks.strides[0]
+            for row, matcher in enumerate(matchers):
+                matcher.unsafe_compute_mask_ptr(first + row * size, size)
+        return masks
 
     def forced(self, rows: Sequence[int]) -> list[list[int]]:
         """For each of these rows, the tokens that have to come next, as the tokenizer itself would cut their text."""
@@ -147,6 +171,12 @@ def _advanced(start: LLMatcher, tokens: list[int]) -> LLMatcher:
     count = matcher.try_consume_tokens(tokens)
     require(count == len(tokens), f"a kept prefix breaks the grammar at its token {count} of {len(tokens)}")
     return matcher
+
+
+def _bits(words: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """[K] bool, whether a mask [V / 32] has the bits of these tokens [K]."""
+    bits: np.ndarray = (words[tokens >> 5] >> (tokens & 31) & 1).astype(np.bool_)
+    return bits
 
 
 def _words(bits: np.ndarray) -> np.ndarray:

@@ -42,6 +42,7 @@ def working_bytes(wave: Wave, head: Head, heads: int, tokens: int) -> int:
     per_position: Mapping[Observable, int] = {
         "base_logprobs": 4,
         "alternatives": (8 + 4) * ALTERNATIVES,
+        "unchecked_alternatives": (8 + 4) * ALTERNATIVES,
         "scores": 4 * head.width,
         "prelogits": 4 * head.width,
     }

@@ -36,6 +36,7 @@ from langchain_aisp.types import (
     ContextLengthError,
     Ended,
     FinishReason,
+    Grammar,
     Prompt,
     Response,
     Rollouts,
@@ -312,6 +313,23 @@ class TransformersEngine:
                 self._thread.start()
             self._wake.notify()
         return Ticket(job.future)
+
+    def allowed(self, grammar: Grammar, tokens: Tensor, choices: Tensor) -> Tensor:
+        """Which tokens a grammar lets stand in place of a response's own.
+
+        Args:
+            grammar: What the responses obey.
+            tokens: [r, L] int64, responses, -1 after their end.
+            choices: [r, L, K] int64, tokens for each position.
+
+        Returns:
+            [r, L, K] bool on the CPU; False after the end. Where the text can go on in one way only, no other token
+            stands, even if it cuts that text differently.
+
+        Raises:
+            ValueError: The grammar cannot be compiled.
+        """
+        return self._vocabulary.grammars.allowed(grammar, tokens, choices)
 
     def close(self) -> None:
         """Stop the thread, abandon what is in flight and take the hook off the model."""

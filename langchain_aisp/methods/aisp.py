@@ -263,7 +263,7 @@ class AISP:
             prefix[:found] = torch.where(before, state.population.tokens[parent], 0)
             prefix[torch.arange(found), position] = token
             cut[:found] = position + 1
-        observe: set[Observable] = {"alternatives", "scores"} if self.control_kl > 0 else {"alternatives"}
+        observe: set[Observable] = {"alternatives" if problem.allowed is None else "unchecked_alternatives"}
         sampling = problem.sampling if state.population is None else self._cooled(problem.sampling)
         wave = Wave(
             problem.prompt,
@@ -272,7 +272,7 @@ class AISP:
             keys,
             sampling,
             self._steering(state),
-            frozenset(observe),
+            frozenset(observe | ({"scores"} if self.control_kl > 0 else set())),
             enough=self._enough(state, count),
         )
         return wave if flight is None else _beside(flight, wave)
@@ -283,6 +283,8 @@ class AISP:
         children = replace(rows.take(ended), rewards=rewards, complete=rollouts.complete)
         everyone = children if state.population is None else state.population.join(children)
         population = everyone.best(self.population)
+        if state.problem.allowed is not None:
+            population = population.within(state.problem.allowed)
         weights = population.weights
         written = torch.arange(rows.tokens.shape[1]) < rows.lengths[:, None]
         drawn, evidence = state.drawn + len(ended), state.evidence
@@ -379,6 +381,7 @@ class AISP:
             unknown.bool(),
             alternatives,
             logprobs,
+            unknown.bool(),
             scores,
         )
 

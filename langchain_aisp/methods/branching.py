@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -27,7 +28,8 @@ class Population:
         rewards: [M] float32.
         complete: [M] bool.
         alternatives: [M, L, K] int64, the model's likeliest tokens per position.
-        logprobs: [M, L, K] float32, their unsteered log-probabilities.
+        logprobs: [M, L, K] float32, their unsteered log-probabilities; ``-inf`` for those found to break the grammar.
+        checked: [M] bool, whether that was looked for.
         scores: [M, L, D] float32, gradients of each token's log-probability by the pre-logits, 0 for branching tokens;
             D is 0 without control.
     """
@@ -40,6 +42,7 @@ class Population:
     complete: Tensor
     alternatives: Tensor
     logprobs: Tensor
+    checked: Tensor
     scores: Tensor
 
     def __len__(self) -> int:
@@ -62,6 +65,15 @@ class Population:
         return Population(
             *(torch.cat([getattr(self, name), getattr(other, name)]) for name in self.__dataclass_fields__)
         )
+
+    def within(self, allowed: Callable[[Tensor, Tensor], Tensor]) -> Population:
+        """The members with alternatives that a grammar allows; ``allowed`` is asked about those not checked yet."""
+        rows = (~self.checked).nonzero().squeeze(1)
+        if not len(rows):
+            return self
+        kept = allowed(self.tokens[rows], self.alternatives[rows])
+        logprobs = self.logprobs.index_put((rows,), self.logprobs[rows].masked_fill(~kept, -torch.inf))
+        return replace(self, logprobs=logprobs, checked=torch.ones_like(self.checked))
 
     def best(self, count: int) -> Population:
         """The best distinct members: complete before cut off, then by reward, then the earlier one."""

@@ -42,6 +42,7 @@ def population(rewards: list[float], tokens: list[list[int]], logprobs: list[lis
         complete,
         alternatives,
         torch.tensor(logprobs).log(),
+        complete,
         scores,
     )
 

@@ -174,8 +174,50 @@ def test_what_the_grammar_allows_anyway_is_said_as_without_it(engine):
     within = decode(engine, wave_of(engine, anything, rows=16, length=8))
     same = free.tokens == within.tokens
     assert float(same[:, 0].float().mean()) > 0.3  # of random bytes many are no text
-    kept = wave_of(engine, None, rows=16, length=8)
-    assert torch.equal(decode(engine, kept).tokens, free.tokens)
+
+
+@pytest.mark.parametrize("grammar", [DIGITS, ITEM, NAMED])
+def test_what_may_stand_in_place_of_a_token_is_what_a_mask_lets_through_there(engine, grammar):
+    wave = replace(wave_of(engine, grammar, length=64), observe=frozenset({"alternatives"}))
+    rollouts = decode(engine, wave)
+    alternatives, logprobs = (rollouts.observed[name] for name in ("alternatives", "alternative_logprobs"))
+    found = engine.allowed(grammar, rollouts.tokens, alternatives)
+    written = torch.arange(64) < rollouts.lengths[:, None]
+    assert torch.equal(found[written], logprobs[written].isfinite())
+    assert not found[~written].any()
+    own = engine.allowed(grammar, rollouts.tokens, rollouts.tokens.clamp(min=0)[..., None])
+    assert own[written].all()
+
+
+def test_unchecked_alternatives_are_the_models_own_but_where_its_token_was_refused(engine):
+    asked = wave_of(engine, Grammar("start: /[0-9x-z]{1,16}/"), rows=64, temperature=3.0)
+    checked = decode(engine, replace(asked, observe=frozenset({"alternatives"})))
+    unchecked = decode(engine, replace(asked, observe=frozenset({"unchecked_alternatives"})))
+    assert torch.equal(unchecked.tokens, checked.tokens)
+    free = decode(engine, replace(wave_of(engine, None, length=1), observe=frozenset({"alternatives"})))
+    models_own = free.observed["alternatives"][0, 0]
+    found, masked = unchecked.observed["alternatives"][:, 0], checked.observed["alternatives"][0, 0]
+    own = (found == models_own).all(dim=1)
+    assert 0 < int(own.sum()) < 64
+    assert bool((found[~own][:, :13] == masked[:13]).all())  # of 13 letters that may begin
+
+
+@pytest.mark.parametrize("grammar", [NAMED, Grammar("start: /[a-z ,.]*[.]/")])
+@pytest.mark.parametrize("control", [0.0, 0.1])
+def test_a_search_looks_at_the_grammar_for_parents_alone_and_never_breaks_it(engine, monkeypatch, grammar, control):
+    looks = []
+    forbidden = Rows._forbidden
+    monkeypatch.setattr(Rows, "_forbidden", lambda *a, **k: looks.append(1) or forbidden(*a, **k))
+    reward = as_reward(lambda chat, texts: [float(text.count("a") - text.count("e")) for text in texts])
+    method = AISP(samples=48, iterations=6, control_kl=control)
+    found = align(engine, reward, method, CHAT, sampling=Sampling(max_tokens=40, grammar=grammar), seed=3)
+    assert bool(looks) == (control > 0)  # gradients want all of the distribution
+    assert len(found.candidates) == 48
+    plain = Grammars(tiny.tokenizer(), EVERY_TOKEN, [1])
+    for candidate in found.candidates:
+        ids = engine.token_ids(candidate.response.text)
+        plain.open(grammar, [ids])  # raises where one breaks it
+    assert len({candidate.response.text for candidate in found.candidates}) > 24
 
 
 @pytest.mark.parametrize("observe", [frozenset(), frozenset({"base_logprobs", "alternatives"})])

@@ -155,6 +155,7 @@ def population(tokens: list[list[int]], rewards: list[float]) -> Population:
         complete=torch.ones(len(ids), dtype=torch.bool),
         alternatives=alternatives,
         logprobs=torch.full(alternatives.shape, 1 / 3).log(),
+        checked=torch.ones(len(ids), dtype=torch.bool),
         scores=torch.zeros(*ids.shape, 0),
     )
 
