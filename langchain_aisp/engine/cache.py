@@ -33,13 +33,17 @@ class Store(Protocol):
     """The remembered keys and values of some rows that share a prompt."""
 
     def select(self, rows: Tensor) -> None:
-        """Keep only these rows [r] (indices into the present ones)."""
+        """Keep only these rows [r] (indices into the present ones), in this order."""
 
 
 class RaggedStore(Store, Protocol):
     """A store whose rows may have different lengths, so that one may take another's place."""
 
     column: int
+
+    @property
+    def room(self) -> int:
+        """How many rows it has memory for, its places or more."""
 
     def grow(self, count: int) -> None:
         """Have ``count`` places; nobody is in the new ones."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from langchain_aisp.engine.graphs import StepGraphs
 
 _ROW_MULTIPLE = 4  # a CPU's matrix products give a row the same bits for any count of rows from four on
-_IDLE_SHARE = 8  # one place in so many may be idle: to give some up costs a copy of the others
+_IDLE_SHARE = 8  # one place in so many may be idle where giving up costs more than they do
 _REASONS: tuple[FinishReason, ...] = ("stop", "length", "timeout")
 _WITHOUT_MASKS: frozenset[Observable] = frozenset({"prelogits", "unchecked_alternatives"})
 
@@ -113,8 +114,8 @@ class Rows:
     """Some rows of one wave while they are decoded.
 
     ``live`` lists the rows that hold a place in the batch. A row that ends keeps its place, idly, until a few places
-    can be given up at once, since giving them up copies the rows that stay; or until the wave has enough, since then
-    other rows take these places.
+    can be given up at once, since the last rows then move into them; or until the wave has enough, since then other
+    rows take these places.
     """
 
     def __init__(
@@ -177,10 +178,16 @@ class Rows:
         """Places held in the batch."""
         return len(self.live)
 
+    @property
+    def room(self) -> int:
+        """How many rows it has memory for."""
+        return len(self) if self._ragged is None or self.store is None else self.store.room
+
     def choices(self) -> Sequence[Tensor]:
         """Temperature, top-p and top-k of the live rows, [r] each."""
         return [each[self.live] if each.dim() else each.expand(len(self)) for each in self._choices]
 
+    @torch.inference_mode()
     def hold(self) -> Held | None:
         """What unfinished rows need in order to go on in another wave; None where the cache reads it again."""
         unfinished = self.reason[self.live] < 0
@@ -501,12 +508,24 @@ class Rows:
         self.has_enough = self._has_enough(count)
         if count == 0:
             self.live, self.store = self.live[:0], None
-        elif self.enough is None and len(self.live) - count >= max(_ROW_MULTIPLE, len(self.live) // _IDLE_SHARE):
-            places = active.nonzero().squeeze(1)
+        elif not self.has_enough and len(self.live) - count >= self._idle_at_most():
+            if self.enough is not None:
+                self.store.remember((gone := (~active).nonzero().squeeze(1)), self._chains(self.live[gone]))
+            places = _close_ranks(active)
             self.live = self.live[places]
             self.store.select(places)
             if self.matchers is not None:
                 self.matchers.select(places.tolist())
+
+    def _idle_at_most(self) -> float:
+        """So many idle places are given up.
+
+        On a CPU an idle row costs nearly as much as another one. Elsewhere it costs little, and less than a graph that
+        has to take the others anew.
+        """
+        if self._ragged is not None and self.rows.device.type == "cpu":
+            return _ROW_MULTIPLE
+        return max(_ROW_MULTIPLE, len(self) // _IDLE_SHARE) if self.enough is None else math.inf
 
     def _nats_to_spend(self) -> Tensor | None:
         """Nats [n] that each row may still be steered away from the model; None where nothing bounds or steers it."""
@@ -540,6 +559,15 @@ class Rows:
             self.observed["alternative_logprobs"][live, position] = values
         if "scores" in self.observed:
             self.observed["scores"][live, position] = head.gradient(tokens, base)
+
+
+def _close_ranks(active: Tensor) -> Tensor:
+    """Of rows [n] the active ones [r], in new places: the last ones where others have ended, all others as before."""
+    places = active.nonzero().squeeze(1)
+    count = len(places)
+    ranks = torch.arange(count, device=places.device)
+    ranks[~active[:count]] = places[places >= count]
+    return ranks
 
 
 def maximal_chains(chains: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:

@@ -200,7 +200,9 @@ class _BucketStep:
             for which, buffer in enumerate(pair):
                 buffer.zero_()  # masked columns get weight 0, and 0 times what may be left there would be NaN
                 if store.column:
-                    buffer[: len(store), :, : store.column] = store.buffers[layer][which][:, :, : store.column]
+                    buffer[: len(store), :, : store.column] = store.buffers[layer][which][
+                        : len(store), :, : store.column
+                    ]
         self._held = {layer: (keys[: len(store)], values[: len(store)]) for layer, (keys, values) in self._own.items()}
         store.buffers = self._held
 

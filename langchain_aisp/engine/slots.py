@@ -21,8 +21,8 @@ from transformers.cache_utils import Cache as TransformersCache
 from langchain_aisp.engine.cache import Runner, Unsuited, decoder_config, input_device, is_recurrent
 
 _LONGEST_TEXT = 1 << 20  # masks are read up to here
-_COLUMN_BLOCK = 64  # rows' buffers grow by so many columns at a time
-_SPARE_COLUMNS = 16  # so many columns that no row needs are put up with; to cut them off costs a copy of the others
+_COLUMN_BLOCK = 16  # rows' buffers grow by so many columns at a time
+_SPARE_COLUMNS = 8  # so many columns that no row needs are put up with; to cut them off costs a copy of the others
 
 # Prompts are read in pieces, so that a long one needs little room. On a CPU pieces have one size and begin at its
 # multiples: a token's keys then come out of products of one shape and have the same bits whatever was remembered of the
@@ -97,7 +97,7 @@ class SlotStore:
         self.start = start  # [n]
         self.column = column
         self.ragged = bool((start != 0).any())
-        self.buffers: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values [n, heads, capacity, d]
+        self.buffers: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values [room, heads, capacity, d]
         self._memory: _RowMemory | None = None
         self._masks: dict[tuple[int, int | None], Tensor] = {}  # of one forward pass
         self._step_mask: Tensor | None = None  # of all steps until rows or columns change
@@ -106,27 +106,43 @@ class SlotStore:
         """Number of rows."""
         return int(self.start.shape[0])
 
+    @property
+    def room(self) -> int:
+        """How many rows it has memory for."""
+        return next((len(keys) for keys, _ in self.buffers.values()), len(self))
+
     def select(self, rows: Tensor) -> None:
-        """Keep only these rows [r]."""
+        """Keep only these rows [r], see ``Store``.
+
+        Where rows leave and the last ones take their places, only these are copied, and the memory stays.
+        """
         self.start = self.start[rows]
         self._step_mask = None
-        self.buffers = _chosen(self.buffers, rows)
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
+        if 2 * len(rows) < self.room or bool((rows[moved] < len(rows)).any()):
+            self.buffers = _chosen(self.buffers, rows)
+            return
+        self.buffers = dict(self.buffers)  # a graph that held them does so no longer
+        if len(moved):
+            for buffer in (part for pair in self.buffers.values() for part in pair):
+                buffer.index_copy_(0, moved, buffer.index_select(0, rows[moved]))
 
     def grow(self, count: int) -> None:
         """Have ``count`` places; nobody is in the new ones."""
-        more = count - len(self)
-        self.start = torch.cat([self.start, self.start.new_full((more,), self.column)])
-        self.buffers = {
-            layer: (self._with_more(keys, more), self._with_more(values, more))
-            for layer, (keys, values) in self.buffers.items()
-        }
+        self.start = torch.cat([self.start, self.start.new_full((count - len(self),), self.column)])
+        more = count - self.room
+        if more > 0:
+            self.buffers = {
+                layer: (self._with_more(keys, more), self._with_more(values, more))
+                for layer, (keys, values) in self.buffers.items()
+            }
         self.ragged = True
         self._step_mask = None
 
     def remember(self, places: Tensor, chains: Sequence[tuple[int, ...]]) -> None:
         """Keep the first keys of these rows [m], those of their chains, when others have taken their places."""
         if self._memory is None:
-            self._memory = _RowMemory(len(self))
+            self._memory = _RowMemory()
         self._memory.add(self, places, chains)
 
     def recall(self, chains: Sequence[tuple[int, ...]]) -> tuple[list[int], SlotStore]:
@@ -197,7 +213,7 @@ class SlotStore:
             self._write(index, key, value)
         keys, values = self.buffers[layer.source]
         columns = self._columns(keys, new)
-        keys, values = keys[:, :, :columns], values[:, :, :columns]
+        keys, values = keys[: len(self), :, :columns], values[: len(self), :, :columns]
         mask = self._mask(new, asked, layer.window, columns)
         if self.reads_prompt and scoring.plain:
             return _attend_piece(query, keys, values, mask, scoring.scaling)
@@ -211,8 +227,8 @@ class SlotStore:
             self._room(buffer, new, end)
             for buffer, new in zip(self.buffers.get(layer, (None, None)), (key, value), strict=True)
         )
-        keys[:, :, self.column : end] = key
-        values[:, :, self.column : end] = value
+        keys[: len(self), :, self.column : end] = key
+        values[: len(self), :, self.column : end] = value
         self.buffers[layer] = (keys, values)
 
     def _room(self, buffer: Tensor | None, new: Tensor, columns: int) -> Tensor:
@@ -220,7 +236,8 @@ class SlotStore:
             return buffer
         capacity = self._capacity(columns)
         # Zeros, not garbage: masked columns get weight 0, and 0 times NaN would be NaN.
-        grown = new.new_zeros(new.shape[0], new.shape[1], capacity, new.shape[3])
+        rows = len(new) if buffer is None else len(buffer)
+        grown = new.new_zeros(rows, new.shape[1], capacity, new.shape[3])
         if buffer is not None:
             grown[:, :, : self.column] = buffer[:, :, : self.column]
         return grown
@@ -301,15 +318,19 @@ def _whole_blocks(columns: int) -> int:
 
 
 class _RowMemory:
-    """Keys of rows that have ended, as others may begin as they did; the least recently used ones leave first."""
+    """Keys of rows that have ended, as others may begin as they did; the least recently used ones leave first.
 
-    def __init__(self, most: int) -> None:
+    It keeps as many as its store has ever had room for.
+    """
+
+    def __init__(self) -> None:
         self.buffers: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values [most, heads, capacity, d]
-        self._most = most
+        self._most = 0
         self._chains: dict[int, tuple[int, ...]] = {}  # row -> chain, the least recently used first
 
     def add(self, store: SlotStore, places: Tensor, chains: Sequence[tuple[int, ...]]) -> None:
         """Copy the chains' columns of some rows."""
+        self._most = max(self._most, store.room)
         rows, longest = [self._place_for(chain) for chain in chains], max(map(len, chains))
         first = store.start[places].tolist()
         for layer, pair in store.buffers.items():
@@ -336,10 +357,11 @@ class _RowMemory:
 
     def _room(self, layer: int, like: tuple[Tensor, Tensor], columns: int) -> tuple[Tensor, Tensor]:
         known = self.buffers.get(layer)
-        if known is None or known[0].shape[2] < columns:
-            grown = [each.new_zeros(self._most, each.shape[1], _whole_blocks(columns), each.shape[3]) for each in like]
+        if known is None or len(known[0]) < self._most or known[0].shape[2] < columns:
+            columns = max(_whole_blocks(columns), 0 if known is None else known[0].shape[2])
+            grown = [each.new_zeros(self._most, each.shape[1], columns, each.shape[3]) for each in like]
             for old, new in zip(known or (), grown, strict=False):
-                new[:, :, : old.shape[2]] = old
+                new[: len(old), :, : old.shape[2]] = old
             self.buffers[layer] = (grown[0], grown[1])
         return self.buffers[layer]
 

@@ -413,7 +413,7 @@ class TransformersEngine:
             self._free = free_bytes(self.cache.device)
         if self._free is None:
             return places
-        promised = sum(other.prompt_bytes + len(rows) * other.row_bytes for other, rows in self._batch)
+        promised = sum(other.prompt_bytes + rows.room * other.row_bytes for other, rows in self._batch)
         return min(places, int((_USABLE * self._free - promised - job.prompt_bytes) // job.row_bytes))
 
     def _demand(self, wave: Wave) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from langchain_aisp.engine import slots
+from langchain_aisp.engine import decode, slots
 from langchain_aisp.engine.cache import ExpandedCache, NoCache
 from langchain_aisp.engine.choice import choose_cache
 from langchain_aisp.engine.slots import SlotCache
@@ -134,6 +134,23 @@ def test_one_prompt_serves_several_stores_that_know_nothing_of_each_other(title:
     second = Twins(fast, plain, PROMPT, [()], [0, 0], [0, 0], read)
     agree([second], steps=2)
     agree([first], steps=1)
+
+
+@pytest.mark.parametrize("active", [[1, 1, 0, 1, 0, 1, 1], [0, 0, 0, 1, 1, 1, 1], [1] * 7, [1, 1, 1, 1, 0, 0, 0]])
+def test_rows_close_ranks_and_only_those_move_that_must(active: list[int], model_of) -> None:
+    part = twins(model_of("Llama"), parents=[0, 1, 0, 2, 1, 0, 0], kept=[3, 2, 1, 0, 2, 3, 0])
+    agree([part], steps=2)
+    memory = part.store.buffers[0][0].data_ptr()
+    places = decode._close_ranks(torch.tensor(active, dtype=torch.bool)).tolist()
+    assert sorted(places) == [place for place, stays in enumerate(active) if stays]
+    assert all(place == new for new, place in enumerate(places) if place < len(places))
+    part.select(places)
+    assert len(part.store) == len(places)
+    assert (part.store.room, part.store.buffers[0][0].data_ptr()) == (7, memory)  # nobody was copied but to move
+    agree([part], steps=2)
+    part.select([0])
+    assert part.store.room == 1  # for so few rows so much memory is not kept
+    agree([part], steps=2)
 
 
 @pytest.mark.parametrize("title", ["Llama", "Gemma 2"])
