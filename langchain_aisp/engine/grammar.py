@@ -144,8 +144,11 @@ class Matchers:
 
     def forced(self, rows: Sequence[int]) -> list[list[int]]:
         """For each of these rows, the tokens that have to come next, as the tokenizer itself would cut their text."""
-        runs = (self.matchers[row].compute_ff_tokens() for row in rows)
-        return [list(takewhile(self._is_sayable, run)) if run else run for run in runs]
+        return [self._forced_by(self.matchers[row]) for row in rows]
+
+    def _forced_by(self, matcher: LLMatcher) -> list[int]:
+        run = [] if matcher.is_accepting() else matcher.compute_ff_tokens()  # where a text may end nothing has to come
+        return list(takewhile(self._is_sayable, run)) if run else run
 
     def consume(self, rows: Sequence[int], said: Sequence[list[int]]) -> list[int]:
         """Go on by some tokens in each of these rows.
