@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Literal, cast, get_args
@@ -42,6 +42,11 @@ UNJUDGED = "base log-probability"
 
 StructuredMethod = Literal["json_schema", "function_calling", "json_mode"]
 METHODS = get_args(StructuredMethod)
+
+_POSSIBLE_TOOLS = (
+    "functions with a docstring, Pydantic classes, TypedDict classes, LangChain tools, and dicts in the form of the "
+    "OpenAI API or JSON schemas with a title"
+)
 
 
 @dataclass(frozen=True)
@@ -122,9 +127,22 @@ def format_tools(tools: Sequence[Any], strict: bool | None) -> list[dict[str, An
     """Functions, classes, tools and schemas in the form of the OpenAI API.
 
     Raises:
+        TypeError: They are no list.
         ValueError: Something that is none of these.
     """
-    return [convert_to_openai_tool(tool, strict=strict) for tool in tools]
+    if isinstance(tools, str | Mapping) or not isinstance(tools, Iterable):
+        raise TypeError(f"tools must be a list of {_POSSIBLE_TOOLS}, got {tools!r:.200}")
+    return [_format_tool(tool, strict) for tool in tools]
+
+
+def _format_tool(tool: Any, strict: bool | None) -> dict[str, Any]:
+    """What is None in ``strict`` is left to the tool; one that takes nothing cannot be strict."""
+    try:
+        plain = convert_to_openai_tool(tool)
+        return convert_to_openai_tool(tool, strict=strict) if "parameters" in plain["function"] else plain
+    except (ValueError, TypeError, KeyError) as error:
+        message = f"{tool!r:.200} ({type(tool).__name__}) cannot be made a tool; possible are {_POSSIBLE_TOOLS}"
+        raise ValueError(message) from error
 
 
 def structured(
@@ -144,7 +162,7 @@ def structured(
     traced = {"ls_structured_output_format": {"kwargs": {"method": method}, "schema": schema}}
     told: dict[str, Any] = traced if schema else {}
     if method == "function_calling":
-        tool = convert_to_openai_tool(schema, strict=strict)
+        tool = _format_tool(schema, strict)
         name = tool["function"]["name"]
         bound = model.bind_tools(
             [schema, *(tools or ())], tool_choice=name, parallel_tool_calls=False, strict=strict, **told
@@ -164,7 +182,14 @@ def structured(
 
 def response_format(schema: Any, strict: bool | None = None) -> dict[str, Any]:
     """A schema in the form of the OpenAI API's ``response_format``."""
-    converted = convert_to_json_schema(schema)
+    try:
+        converted = convert_to_json_schema(schema)
+    except (ValueError, TypeError, KeyError) as error:
+        message = (
+            f"{schema!r:.200} ({type(schema).__name__}) is no form of an answer; possible are Pydantic classes, "
+            "TypedDict classes and JSON schemas of objects with a title"
+        )
+        raise ValueError(message) from error
     named = {"name": converted.get("title", "answer"), "schema": converted, "strict": strict is not False}
     return {"type": "json_schema", "json_schema": named}
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from pydantic.v1 import BaseModel as BaseModelV1
 
 from langchain_aisp import AISP, AISPChatModel, BestOfN, as_reward
-from langchain_aisp.calling import format_tools, plan
+from langchain_aisp.calling import format_tools, plan, response_format
 from langchain_aisp.engine import TransformersEngine
 from langchain_aisp.tools import format_for
 from tests import matching, tiny
@@ -389,6 +389,21 @@ def test_tools_may_be_called_or_json_answered(engine):
 def test_two_tools_of_one_name_are_refused(hermes):
     with pytest.raises(ValueError, match=r"named \['look_up'\]"):
         model(hermes).bind_tools([look_up, look_up]).invoke("Hello")
+
+
+def test_what_cannot_be_a_tool_or_an_answer_is_refused_with_what_can():
+    with pytest.raises(ValueError, match=r"42 \(int\) cannot be made a tool; possible are functions"):
+        format_tools([42], None)
+    with pytest.raises(TypeError, match="tools must be a list of functions .*, got 'order'"):
+        format_tools("order", None)
+    with pytest.raises(ValueError, match=r"<class 'int'> \(type\) is no form of an answer; possible are Pydantic"):
+        response_format(int)
+
+
+@pytest.mark.parametrize("strict", [None, True, False])
+def test_a_tool_that_takes_nothing_may_be_strict(strict):
+    [found] = format_tools([{"name": "ping", "description": "Is it there?"}], strict)
+    assert found == {"type": "function", "function": {"name": "ping", "description": "Is it there?"}}
 
 
 def test_an_unknown_method_of_structured_output_is_refused(hermes):
