@@ -172,6 +172,7 @@ class _BucketStep:
         """Fill in what the next step reads."""
         if not self._holds(store):
             self._take(store)
+        self._start[: len(store), 0] = store.start  # rows may have moved in this memory
         count = len(ids)
         self._ids[:count, 0], self._positions[:count, 0] = ids, positions
         self._column.fill_(store.column)
@@ -184,7 +185,7 @@ class _BucketStep:
         self._replay()
 
     def _holds(self, store: SlotStore) -> bool:
-        """Whether the store lives in this memory; one that has grown or lost rows since lives elsewhere."""
+        """Whether the store lives in this memory; one that has grown or lost many rows since lives elsewhere."""
         if self._held is None or store.buffers is not self._held:
             return False
         return all(store.buffers[layer][0].data_ptr() == keys.data_ptr() for layer, (keys, _) in self._own.items())
@@ -192,7 +193,6 @@ class _BucketStep:
     def _take(self, store: SlotStore) -> None:
         """Copy the store's keys and values and let it live here."""
         self._prompt_length.fill_(store.prompt.length)
-        self._start[: len(store), 0] = store.start
         for layer, pair in store.prompt.layers.items():
             for buffer, part in zip(self._prompt[layer], pair, strict=True):
                 buffer[:, : store.prompt.length] = part

@@ -122,7 +122,6 @@ class SlotStore:
         if 2 * len(rows) < self.room or bool((rows[moved] < len(rows)).any()):
             self.buffers = _chosen(self.buffers, rows)
             return
-        self.buffers = dict(self.buffers)  # a graph that held them does so no longer
         if len(moved):
             for buffer in (part for pair in self.buffers.values() for part in pair):
                 buffer.index_copy_(0, moved, buffer.index_select(0, rows[moved]))

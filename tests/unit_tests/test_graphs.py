@@ -191,14 +191,15 @@ def test_every_kind_of_attention_gives_the_same_logits_by_graphs(title: str) -> 
     graphs = StepGraphs(cache, head, head.module.in_features, Recorder())
     prompt, chains = [7, 31, 12, 90, 44, 7, 65, 23], [[11, 80, 35, 52, 99], [11, 80, 4]]
     parents, kept = torch.tensor([0, 1, 0, 1, 0]), torch.tensor([5, 3, 1, 0, 2])
+    rows = {2: torch.tensor([0, 4, 2, 3]), 4: torch.tensor([3, 1])}  # the last row moves; some are copied
     read = cache.prefill(prompt)
     eager, graphed = (cache.open(read, chains, parents, kept) for _ in range(2))
     positions = len(prompt) + kept
-    for step in range(5):
-        if step == 3:
-            eager.select(torch.tensor([4, 1]))
-            graphed.select(torch.tensor([4, 1]))
-            positions = positions[torch.tensor([4, 1])]
+    for step in range(7):
+        if step in rows:
+            eager.select(rows[step])
+            graphed.select(rows[step])
+            positions = positions[rows[step]]
         ids = torch.randint(3, VOCABULARY, (len(positions),), generator=torch.Generator().manual_seed(step))
         expected = cache.step([(eager, ids, positions)], 0)
         logits, hidden = graphs.step(graphed, ids, positions, torch.zeros(len(ids), head.module.in_features), False)
