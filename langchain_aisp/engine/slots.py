@@ -22,6 +22,7 @@ from langchain_aisp.engine.cache import Runner, Unsuited, decoder_config, input_
 
 _LONGEST_TEXT = 1 << 20  # masks are read up to here
 _COLUMN_BLOCK = 16  # rows' buffers grow by so many columns at a time
+_MEMORY_BLOCK = 64  # and the memory of rows that have ended by so many
 _SPARE_COLUMNS = 8  # so many columns that no row needs are put up with; to cut them off costs a copy of the others
 
 # Prompts are read in pieces, so that a long one needs little room. On a CPU pieces have one size and begin at its
@@ -312,8 +313,8 @@ def _hiding(hidden: Tensor) -> Tensor:
     return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, torch.finfo(torch.float32).min / 2)
 
 
-def _whole_blocks(columns: int) -> int:
-    return -(-columns // _COLUMN_BLOCK) * _COLUMN_BLOCK
+def _whole_blocks(columns: int, block: int = _COLUMN_BLOCK) -> int:
+    return -(-columns // block) * block
 
 
 class _RowMemory:
@@ -357,8 +358,8 @@ class _RowMemory:
     def _room(self, layer: int, like: tuple[Tensor, Tensor], columns: int) -> tuple[Tensor, Tensor]:
         known = self.buffers.get(layer)
         if known is None or len(known[0]) < self._most or known[0].shape[2] < columns:
-            columns = max(_whole_blocks(columns), 0 if known is None else known[0].shape[2])
-            grown = [each.new_zeros(self._most, each.shape[1], columns, each.shape[3]) for each in like]
+            columns = max(_whole_blocks(columns, _MEMORY_BLOCK), 0 if known is None else known[0].shape[2])
+            grown = [each.new_empty(self._most, each.shape[1], columns, each.shape[3]) for each in like]
             for old, new in zip(known or (), grown, strict=False):
                 new[: len(old), :, : old.shape[2]] = old
             self.buffers[layer] = (grown[0], grown[1])
