@@ -208,6 +208,7 @@ def rows(results: Results, reference: str) -> dict[str, dict[str, Any]]:
         table[name] = {
             **{measure: mean_with_interval(values) for measure, values in found.items()},
             f"{reference}_ahead": ahead,
+            "by_prompt": {measure: [round(value, 4) for value in values] for measure, values in found.items()},
             **{cost: mean(results.numbers(name, cost)) for cost in COSTS},
         }
     return table
@@ -260,7 +261,11 @@ def compare(paths: Mapping[str, Path], reference: str, yardstick: str | None = N
     """
     results = load_results(list(paths.values()))
     curves = {name: curve(traces(path, results.prompts)) for name, path in paths.items()}
-    told: dict[str, Any] = {"prompts": len(results.prompts), "arms": rows(results, reference)}
+    told: dict[str, Any] = {
+        "prompts": len(results.prompts),
+        "prompt_ids": list(results.prompts),
+        "arms": rows(results, reference),
+    }
     for name, points in curves.items():
         told["arms"][name]["curve"] = [point for point in points if _is_power_of_two(point["samples"])]
     if yardstick is not None:
@@ -441,8 +446,9 @@ def main() -> None:
             else:
                 choose_on_dev(pair, sources, plan)
     else:
-        told = {pair: compare_on_test(pair, sources, plan) for pair in pairs}
-        save("comparison", {"samples": plan.samples, "pairs": told})
+        for pair in pairs:
+            told = compare_on_test(pair, sources, plan)
+            save(f"comparison-{pair}", {"pair": pair, "samples": plan.samples, **told})
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ class AISPState:
         flight: Rows that have not ended.
         goes_on: Whether more belongs to the present iteration.
         population: Possible parents, None before the first wave.
-        visited: [S] int64, nodes (see ``Population``) that a response has gone through.
+        visited: [S] int64, nodes (see ``Population``) that a response has gone through, sorted.
         evidence: What is known about a shared control.
         cuts: [M, L] log-weights of the positions at which parents are cut; None without credit, see ``credited``.
     """
@@ -280,9 +280,14 @@ class AISP:
     def update(self, state: AISPState, wave: Wave, rollouts: Rollouts, rewards: Tensor) -> tuple[AISPState, Info]:
         """Let the wave's responses join the population, and learn a control from their scores."""
         rows, ended = self._rows(state, wave, rollouts), rollouts.ended
-        children = replace(rows.take(ended), rewards=rewards, complete=rollouts.complete)
-        everyone = children if state.population is None else state.population.join(children)
-        population = everyone.best(self.population)
+        judged = replace(
+            rows,
+            rewards=rows.rewards.index_put((ended,), rewards),
+            complete=rows.complete.index_put((ended,), rollouts.complete),
+        )
+        population = judged.best(self.population, among=ended.tolist())
+        if state.population is not None:
+            population = state.population.join(population).best(self.population)
         if state.problem.allowed is not None:
             population = population.within(state.problem.allowed)
         weights = population.weights
@@ -290,7 +295,7 @@ class AISP:
         drawn, evidence = state.drawn + len(ended), state.evidence
         if self.control_kl > 0:
             decoded = written & (torch.arange(rows.tokens.shape[1]) >= wave.cut[:, None])
-            evidence = evidence.add(children, decoded[ended])
+            evidence = evidence.add(judged.take(ended), decoded[ended])
         after = replace(
             state,
             waves=state.waves + 1,
@@ -342,11 +347,13 @@ class AISP:
 
     def _draw_branches(self, state: AISPState, population: Population, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Parents [n], positions [n] and tokens [n] of the n ≤ count branches drawn."""
+        population = population.shortened()
+        cuts = None if state.cuts is None else state.cuts[:, : population.tokens.shape[1]]
         nodes = branch_nodes(population, state.problem.prompt.key)
-        weights = branch_log_weights(population, state.problem.sampling, state.cuts)
+        weights = branch_log_weights(population, state.problem.sampling, cuts)
         parent, position, rank = weights.isfinite().nonzero(as_tuple=True)
         node, weight = nodes[parent, position, rank], weights[parent, position, rank].double()
-        merged = merge_equal(node, weight.masked_fill(torch.isin(node, state.visited), -torch.inf))
+        merged = merge_equal(node, weight.masked_fill(_among(state.visited, node), -torch.inf))
         keys = fold(fold(state.problem.prompt.key, state.waves), node)
         chosen = (merged + gumbel(keys)).topk(min(count, int(merged.isfinite().sum()))).indices
         parent, position, rank = parent[chosen], position[chosen], rank[chosen]
@@ -359,7 +366,8 @@ class AISP:
         logprobs = rollouts.observed["alternative_logprobs"]
         scores = rollouts.observed.get("scores", logprobs[..., :0])
         if state.population is not None:
-            source = parents_of(state.population, wave)[state.flying :]
+            new = slice(state.flying, None)
+            source = parents_of(state.population, wave.prefix[new], wave.cut[new], wave.prompt.key)
             before = (torch.arange(nodes.shape[1]) < wave.cut[:, None])[..., None]
 
             def known(name: str) -> Tensor:
@@ -384,6 +392,11 @@ class AISP:
             unknown.bool(),
             scores,
         )
+
+
+def _among(known: Tensor, values: Tensor) -> Tensor:
+    """[B] bool, which of the values [B] are among those known [S], which are sorted; ``torch.isin`` cannot use that."""
+    return torch.searchsorted(known, values, right=True) > torch.searchsorted(known, values)
 
 
 def _beside(flight: Flight, wave: Wave) -> Wave:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from langchain_aisp.methods.weights import complete_first, importance_weights, temperature_for_ess
 from langchain_aisp.noise import fold
-from langchain_aisp.types import Sampling, Wave
+from langchain_aisp.types import Sampling
 
 _ESS_SHARE = 0.6  # of the population: most weight on the best, several parents in every wave
 
@@ -75,13 +75,26 @@ class Population:
         logprobs = self.logprobs.index_put((rows,), self.logprobs[rows].masked_fill(~kept, -torch.inf))
         return replace(self, logprobs=logprobs, checked=torch.ones_like(self.checked))
 
-    def best(self, count: int) -> Population:
-        """The best distinct members: complete before cut off, then by reward, then the earlier one."""
+    def best(self, count: int, among: Sequence[int] | None = None) -> Population:
+        """The best distinct members: complete before cut off, then by reward, then the earlier one.
+
+        Args:
+            count: How many at most.
+            among: Which members may be chosen; None for all.
+        """
         last = self.nodes.gather(1, (self.lengths - 1).clamp(min=0)[:, None]).squeeze(1).tolist()
         standing = list(zip(self.complete.tolist(), self.rewards.tolist(), strict=True))
-        order = sorted(range(len(self)), key=lambda row: standing[row], reverse=True)
-        distinct = list({last[row]: row for row in reversed(order)}.values())
-        return self.take(torch.tensor(sorted(distinct, key=order.index)[:count]))
+        order = sorted(range(len(self)) if among is None else among, key=lambda row: standing[row], reverse=True)
+        distinct = {last[row]: row for row in reversed(order)}
+        return self.take(torch.tensor([row for row in order if distinct[last[row]] == row][:count]))
+
+    def shortened(self) -> Population:
+        """The members without the positions that none of them fills."""
+        length = int(self.lengths.max())
+        fields = (getattr(self, name) for name in self.__dataclass_fields__)
+        short = Population(*(field[:, :length] if field.dim() > 1 else field for field in fields))
+        vars(short)["weights"] = self.weights  # the same, and found already
+        return short
 
 
 def branch_log_weights(population: Population, sampling: Sampling, cuts: Tensor | None = None) -> Tensor:
@@ -137,8 +150,12 @@ def merge_equal(nodes: Tensor, log_weights: Tensor) -> Tensor:
     return sums.log()[group].masked_fill(order != first[group], -torch.inf)
 
 
-def parents_of(parents: Population, wave: Wave) -> Tensor:
-    """For each row [N] a member that shares the row's keys before the cut; any one does, see ``_children``."""
-    last = (wave.cut - 2).clamp(min=0)
-    same = path_nodes(wave.prefix, wave.prompt.key).gather(1, last[:, None]) == parents.nodes[:, last].T
-    return torch.where(wave.cut > 1, same.int().argmax(dim=1), 0)
+def parents_of(parents: Population, prefix: Tensor, cut: Tensor, key: int) -> Tensor:
+    """For each row that keeps ``cut`` [N] tokens of a prefix [N, L] a member that begins so but for the last of them.
+
+    What is known of those tokens depends on nothing else, so any such member will do.
+    """
+    last = (cut - 2).clamp(min=0)
+    prefix = prefix[:, : int(last.max()) + 1] if len(last) else prefix
+    same = path_nodes(prefix, key).gather(1, last[:, None]) == parents.nodes[:, last].T
+    return torch.where(cut > 1, same.int().argmax(dim=1), 0)

@@ -10,6 +10,7 @@ from langchain_aisp.types import require
 
 _DECADES = 9.0
 """How far, in powers of ten, a reward temperature may lie from the spread of the rewards."""
+_STEPS = np.arange(1, 65) / 64
 
 
 def importance_weights(rewards: Tensor, reward_temperature: float, cost: Tensor | float = 0.0) -> Tensor:
@@ -53,11 +54,12 @@ def temperature_for_ess(rewards: Tensor, target: float) -> float:
     if spread == 0:
         return 1.0
     low, high = -_DECADES, _DECADES
-    for _ in range(50):  # halves 18 decades down to less than float64 can tell
-        middle = (low + high) / 2
-        weights = np.exp(behind / (spread * 10.0**middle))
-        ess = weights.sum() ** 2 / (weights @ weights)
-        low, high = (middle, high) if ess < target else (low, middle)
+    for _ in range(8):  # rounds of 64 steps, from 18 decades down to less than float64 can tell
+        ends = low + (high - low) * _STEPS
+        weights = np.exp(behind / (spread * 10.0 ** ends[:, None]))
+        ess = weights.sum(axis=1) ** 2 / np.square(weights).sum(axis=1)
+        first = int(np.argmax(ess >= target)) if ess[-1] >= target else len(ends) - 1
+        low, high = ends[first] - (high - low) / 64, ends[first]
     return float(spread * 10.0**high)
 
 

@@ -270,7 +270,10 @@ def test_the_command_chooses_once_and_saves_what_the_test_prompts_show(
     told = capsys.readouterr().out
     assert "toy: its settings are frozen already" in told
     saved = json.loads(told.splitlines()[-1])
-    row = saved["pairs"]["toy"]["arms"]["best_of_n"]
+    assert (saved["pair"], len(saved["prompt_ids"])) == ("toy", 2)
+    row = saved["arms"]["best_of_n"]
+    for measure in ("reward", "gold"):
+        assert sum(row["by_prompt"][measure]) / 2 == pytest.approx(row[measure]["mean"], abs=1e-4)
     assert set(row["aisp_ahead"]) == {"reward", "gold"}
     assert row["aisp_ahead"]["reward"]["pairs"] == 2
     assert {"reward", "gold", "base_logprob", "sampled_tokens", "seconds", "reward_seconds"} <= set(row)
