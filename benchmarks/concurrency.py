@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ def main() -> None:
     load = TransformersEngine.from_pretrained
     with load(args.model, device="cpu") as one, load(args.model, device="cpu") as other:
         gains = [gain((one, other), callers, rows, args) for rows in args.rows for callers in args.callers]
-    save("concurrency", {"model": args.model, "max_tokens": args.tokens, "waves": WAVES, "gains": gains})
+    save("concurrency", {"model": Path(args.model).name, "max_tokens": args.tokens, "waves": WAVES, "gains": gains})
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def main() -> None:
     load = TransformersEngine.from_pretrained
     with load(args.model, device="cpu") as one, load(args.model, device="cpu") as other:
         found = [measure((one, other), at_once, args) for at_once in args.at_once]
-    save("overlap", {"model": args.model, "rows": args.rows, "waves": args.waves, "judges": found})
+    save("overlap", {"model": Path(args.model).name, "rows": args.rows, "waves": args.waves, "judges": found})
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def scaling(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "rows", picture(title, "rows decoded at once", "microseconds", {"demo": cost_of_row})
 
 
-_ROWS = "samples decoded at once"
+_ROWS = "samples, all at once"
 
 
 def frontier(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -15,6 +15,7 @@ import argparse
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,8 +35,8 @@ from benchmarks.grammar import random_llama
 from langchain_aisp.align import align
 from langchain_aisp.demo import scenarios
 from langchain_aisp.engine import TransformersEngine
-from langchain_aisp.methods import PublishedAISP
-from langchain_aisp.types import Prompt, Sampling
+from langchain_aisp.methods import BestOfN, PublishedAISP
+from langchain_aisp.types import Method, Prompt, Sampling
 
 FEW, MANY = 4, 32  # rows
 
@@ -52,9 +53,8 @@ def rows_work(engine: TransformersEngine, rows: int, prompt: int, tokens: int) -
     return lambda _: decode(engine, fresh_prompt(engine, prompt), rows, tokens)
 
 
-def iterations_work(engine: TransformersEngine, iterations: int, rows: int, tokens: int) -> Callable[[int], object]:
-    """A whole search whose every iteration decodes as many tokens as the first."""
-    method = PublishedAISP(samples_per_iteration=rows, iterations=iterations)
+def search_work(engine: TransformersEngine, method: Method[Any], tokens: int) -> Callable[[int], object]:
+    """A whole search whose responses all have so many tokens."""
     sampling = Sampling(max_tokens=tokens, min_tokens=tokens)
     reward = free_reward()
     chats = [one.messages for one in scenarios("test", 64, seed=4)]
@@ -156,8 +156,10 @@ def main() -> None:
     """Measure every size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="demo", help="id or folder of a model")
-    parser.add_argument("--rows", type=int, nargs="+", default=[4, 8, 16, 32, 64, 128], help="samples decoded at once")
-    parser.add_argument("--iterations", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--rows", type=int, nargs="+", default=[4, 8, 16, 32, 64, 128], help="samples at once")
+    parser.add_argument(
+        "--iterations", type=int, nargs="+", default=[1, 2, 4, 8], help="of a search, and waves of plain samples"
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=[16, 32, 64, 128], help="new tokens per row")
     parser.add_argument("--prompts", type=int, nargs="+", default=[65, 129, 257, 513], help="tokens")
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[4096, 16_384, 65_536])
@@ -170,16 +172,23 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     rows, tokens, prompt = args.fixed_rows, args.fixed_tokens, args.fixed_prompt
     with TransformersEngine.from_pretrained(args.model, device="cpu") as engine:
+        waves = {n: BestOfN(n * rows, samples_per_wave=rows) for n in args.iterations}
+        searches = {n: PublishedAISP(samples_per_iteration=rows, iterations=n) for n in args.iterations}
         works = {
-            "samples decoded at once": (args.rows, [rows_work(engine, n, prompt, tokens) for n in args.rows]),
-            "iterations": (args.iterations, [iterations_work(engine, n, rows, tokens) for n in args.iterations]),
+            f"samples, {rows} at once": (
+                [method.samples for method in waves.values()],
+                [search_work(engine, method, tokens) for method in waves.values()],
+            ),
+            "samples, all at once": (args.rows, [rows_work(engine, n, prompt, tokens) for n in args.rows]),
+            "iterations": (args.iterations, [search_work(engine, method, tokens) for method in searches.values()]),
             "tokens": (args.tokens, [rows_work(engine, rows, prompt, n) for n in args.tokens]),
             "prompt": (args.prompts, [rows_work(engine, rows, n, tokens) for n in args.prompts]),
         }
         grown = {name: growth(name, sizes, each, args.rounds) for name, (sizes, each) in works.items()}
         once = prompt_once(engine, args.prompts[0], args.prompts[-1], args.rounds)
     grown["vocabulary"] = vocabularies(args.vocabularies, args)
-    save("scaling", {"model": args.model, "fixed": [rows, tokens, prompt], "growth": grown, "prompt_once": once})
+    sizes = {"model": Path(args.model).name, "fixed": [rows, tokens, prompt]}
+    save("scaling", {**sizes, "growth": grown, "prompt_once": once})
 
 
 if __name__ == "__main__":
