@@ -291,10 +291,12 @@ class AISP:
         if state.problem.allowed is not None:
             population = population.within(state.problem.allowed)
         weights = population.weights
-        written = torch.arange(rows.tokens.shape[1]) < rows.lengths[:, None]
+        positions = torch.arange(rows.tokens.shape[1])
+        written = positions < rows.lengths[:, None]
+        entered = written & (positions >= wave.cut[:, None] - 1)  # from the branching token on
         drawn, evidence = state.drawn + len(ended), state.evidence
         if self.control_kl > 0:
-            decoded = written & (torch.arange(rows.tokens.shape[1]) >= wave.cut[:, None])
+            decoded = written & (positions >= wave.cut[:, None])
             evidence = evidence.add(judged.take(ended), decoded[ended])
         after = replace(
             state,
@@ -304,7 +306,7 @@ class AISP:
             goes_on=not any(state.drawn < end <= drawn for end in state.ends),
             population=population,
             cuts=None,
-            visited=torch.cat([state.visited, rows.nodes[written]]).unique(),
+            visited=torch.cat([state.visited, rows.nodes[entered]]).unique(),
             evidence=evidence,
         )
         return after, {"ess": effective_sample_size(weights), "control_kl": self.control_kl}
@@ -367,7 +369,7 @@ class AISP:
         scores = rollouts.observed.get("scores", logprobs[..., :0])
         if state.population is not None:
             new = slice(state.flying, None)
-            source = parents_of(state.population, wave.prefix[new], wave.cut[new], wave.prompt.key)
+            source = parents_of(state.population, nodes[new], wave.cut[new])
             before = (torch.arange(nodes.shape[1]) < wave.cut[:, None])[..., None]
 
             def known(name: str) -> Tensor:

@@ -150,12 +150,16 @@ def merge_equal(nodes: Tensor, log_weights: Tensor) -> Tensor:
     return sums.log()[group].masked_fill(order != first[group], -torch.inf)
 
 
-def parents_of(parents: Population, prefix: Tensor, cut: Tensor, key: int) -> Tensor:
-    """For each row that keeps ``cut`` [N] tokens of a prefix [N, L] a member that begins so but for the last of them.
+def parents_of(parents: Population, nodes: Tensor, cut: Tensor) -> Tensor:
+    """For each row, which has kept ``cut`` [N] tokens, a member that begins with them, but for the last one.
 
     What is known of those tokens depends on nothing else, so any such member will do.
+
+    Args:
+        parents: The members.
+        nodes: [N, L] int64, of the rows, see ``Population``.
+        cut: [N] int64.
     """
     last = (cut - 2).clamp(min=0)
-    prefix = prefix[:, : int(last.max()) + 1] if len(last) else prefix
-    same = path_nodes(prefix, key).gather(1, last[:, None]) == parents.nodes[:, last].T
+    same = nodes.gather(1, last[:, None]) == parents.nodes[:, last].T
     return torch.where(cut > 1, same.int().argmax(dim=1), 0)

@@ -54,7 +54,7 @@ def temperature_for_ess(rewards: Tensor, target: float) -> float:
     if spread == 0:
         return 1.0
     low, high = -_DECADES, _DECADES
-    for _ in range(8):  # rounds of 64 steps, from 18 decades down to less than float64 can tell
+    for _ in range(5):  # rounds of 64 steps, from 18 decades down to less than float32 weights can tell
         ends = low + (high - low) * _STEPS
         weights = np.exp(behind / (spread * 10.0 ** ends[:, None]))
         ess = weights.sum(axis=1) ** 2 / np.square(weights).sum(axis=1)
