@@ -68,6 +68,7 @@ class TransformersEngine:
         head: Width of the pre-logits, spread of the head and size of its vocabulary.
         context_length: Longest prompt plus answer, in tokens.
         cache: How the model remembers keys and values, see ``engine.cache``.
+        adapters: Ids or paths of PEFT adapters that ``from_pretrained`` has added, and the weight of each.
         packed: On a CPU, the weights laid out for products of few rows, see ``engine.packed``.
         max_rows: Most rows that decode at once, fewer when the free memory holds fewer; halved when it runs out still.
     """
@@ -108,6 +109,7 @@ class TransformersEngine:
         self.name = name or model.config.name_or_path or type(model).__name__
         self.chat_template = chat_template or _own_template(tokenizer, self.name)
         self._encoder = PromptEncoder(tokenizer, self.chat_template, self.name)
+        self.adapters: Mapping[str, float] = {}
         self.max_rows = max_rows
         self.context_length = context_length(model)
         self._head = SteeredHead(output_head(model))
@@ -171,7 +173,7 @@ class TransformersEngine:
             trust_remote_code=trust_remote_code,
         )
         tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
-        return cls(
+        engine = cls(
             model,
             tokenizer,
             name=model_id_or_path,
@@ -180,6 +182,8 @@ class TransformersEngine:
             remembered_bytes=remembered_bytes,
             cuda_graphs=cuda_graphs,
         )
+        engine.adapters = {adapter: 1.0} if isinstance(adapter, str) else dict(adapter or {})
+        return engine
 
     @classmethod
     def shared(cls, model_id_or_path: str, **options: Any) -> TransformersEngine:

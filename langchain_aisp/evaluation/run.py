@@ -176,9 +176,11 @@ class Evaluation:
     @property
     def config(self) -> dict[str, Any]:
         """What pins the results, as JSON: equal configurations give equal runs, up to their seconds."""
+        adapters = dict(getattr(self.engine, "adapters", {}))
         return {
             "version": __version__,
             "model": self.engine.name,
+            **({"adapters": adapters} if adapters else {}),
             "chat_template": getattr(self.engine, "chat_template", None),
             "reward": _described(self.reward),
             "gold": None if self.gold is None else _described(self.gold),

@@ -11,7 +11,10 @@ from transformers import PreTrainedModel
 from langchain_aisp.align import align
 from langchain_aisp.engine import TransformersEngine
 from langchain_aisp.engine.loading import load_model
-from langchain_aisp.methods import AISP
+from langchain_aisp.evaluation.arms import Arm
+from langchain_aisp.evaluation.datasets import PromptRecord
+from langchain_aisp.evaluation.run import Evaluation
+from langchain_aisp.methods import AISP, BestOfN
 from langchain_aisp.rewards import as_reward
 from langchain_aisp.types import Sampling
 from tests import tiny
@@ -102,6 +105,18 @@ def test_a_steered_search_of_an_adapted_model_is_that_of_the_changed_weights(
     adapted, by_hand = load_model(base, adapter=lora), changed_by_hand(base, {lora: 1.0})
     assert answers(adapted, control_kl=0.3) == answers(by_hand, control_kl=0.3)
     assert answers(adapted, control_kl=0.3) != answers(load_model(base), control_kl=0.3)
+
+
+def test_what_was_added_pins_an_evaluation(base: str, save: Save) -> None:
+    found = {}
+    for adapter in (None, save(1), {save(1): 0.5, save(2): 1.0}):
+        with TransformersEngine.from_pretrained(base, adapter=adapter, device="cpu") as engine:
+            reward, sampling = as_reward(lambda chat, texts: [0.0] * len(texts), fingerprint="none"), Sampling()
+            arms, prompts = (Arm("plain", BestOfN(1), sampling),), (PromptRecord("1", tuple(CHAT)),)
+            found[str(adapter)] = Evaluation(engine=engine, reward=reward, arms=arms, prompts=prompts).config
+    configs = list(found.values())
+    assert [config.get("adapters") for config in configs] == [None, {save(1): 1.0}, {save(1): 0.5, save(2): 1.0}]
+    assert len({str(config) for config in configs}) == 3
 
 
 def test_an_adapter_of_a_tied_head_leaves_the_embeddings_alone(base: str, save: Save) -> None:
