@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import platform
 import sys
 import time
 import zlib
@@ -15,13 +14,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import transformers
 from torch import nn
 
 from langchain_aisp import __version__
 from langchain_aisp.engine import TransformersEngine
 from langchain_aisp.engine.cache import decoder_config
 from langchain_aisp.evaluation.metrics import bootstrap_interval, estimate
+from langchain_aisp.evaluation.run import environment
 from langchain_aisp.noise import fold, request_key, uniform, wave_keys
 from langchain_aisp.rewards import as_reward
 from langchain_aisp.types import Chat, Grammar, Prompt, Reward, Rollouts, Sampling, Wave
@@ -187,25 +186,12 @@ def cache_bytes(model: Any, rows: int, prompt: int, tokens: int) -> int:
 # Results
 
 
-def environment() -> dict[str, Any]:
-    """The machine and the versions, for a result that is read a year later."""
-    return {
-        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-        "command": _command(),
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "langchain_aisp": __version__,
-    }
-
-
 def save(name: str, result: dict[str, Any]) -> None:
     """Write the result to ``results/DATE-name.json`` and print it as the last line."""
-    record = {"benchmark": name, **environment(), **result}
-    path = RESULTS / f"{record['date']}-{name}.json"
+    date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    said = {"benchmark": name, "date": date, "command": _command(), "langchain_aisp": __version__}
+    record = {**said, **environment(), **result}
+    path = RESULTS / f"{date}-{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(record))
 
@@ -214,9 +200,3 @@ def _command() -> str:
     """How the benchmark was called, folders by their names: where they lie on this machine is nobody's concern."""
     words = [Path(word).name if Path(word).is_dir() else word for word in sys.argv[1:]]
     return " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *words])
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

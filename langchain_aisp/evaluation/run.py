@@ -242,13 +242,21 @@ def answer(evaluation: Evaluation, arm: Arm, prompt: PromptRecord, seed: int) ->
 def environment() -> dict[str, Any]:
     """The machine and the versions: seconds mean nothing without them."""
     return {
-        "processor": platform.processor() or platform.machine(),
+        "cpu": _cpu_name(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def _cpu_name() -> str:
+    """What the processor is sold as, where the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def _described(reward: Reward) -> dict[str, Any]:
