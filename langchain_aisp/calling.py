@@ -139,7 +139,9 @@ def _format_tool(tool: Any, strict: bool | None) -> dict[str, Any]:
     """What is None in ``strict`` is left to the tool; one that takes nothing cannot be strict."""
     try:
         plain = convert_to_openai_tool(tool)
-        return convert_to_openai_tool(tool, strict=strict) if "parameters" in plain["function"] else plain
+        if strict is None or "parameters" not in plain["function"]:
+            return plain
+        return convert_to_openai_tool(tool, strict=strict)
     except (ValueError, TypeError, KeyError) as error:
         message = f"{tool!r:.200} ({type(tool).__name__}) cannot be made a tool; possible are {_POSSIBLE_TOOLS}"
         raise ValueError(message) from error

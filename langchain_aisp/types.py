@@ -134,8 +134,8 @@ class Wave:
             model at temperature 1, among the tokens allowed at its position), ``alternatives`` (its likeliest tokens
             per position), ``unchecked_alternatives`` (the same, and by the same name, but a grammar may forbid some of
             them: it costs far less to ask ``Engine.allowed`` about a few rows than to look at every step of all),
-            ``scores`` (gradient of that log-probability by the pre-logits), ``prelogits`` (what the
-            model's head is given at each position, before any steering).
+            ``scores`` (gradient of that log-probability by the pre-logits), ``prelogits`` (what the model's head is
+            given at each position, before any steering).
         forced: Nothing is drawn: each row says the rest of its prefix, up to the first -1, and ends, so that given
             responses can be observed.
         kl_budget: Most nats by which the steering may part a response from the model: a bound on the sum over its

@@ -126,8 +126,7 @@ class Matchers:
     def allows(self, row: int, tokens: np.ndarray) -> np.ndarray:
         """Which of these tokens [K] may follow in a row, [K] bool; a forced token alone may."""
         words = (self._fill([row]) & self._sayable)[0]
-
-        forced = np.array(self.forced([row])[0][:1], np.int64)
+        forced = np.array(self._forced_by(self.matchers[row])[:1], np.int64)
         return tokens == forced if _bits(words, forced).any() else _bits(words, tokens)
 
     def _fill(self, rows: Sequence[int]) -> np.ndarray:

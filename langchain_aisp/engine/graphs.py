@@ -196,13 +196,12 @@ class _BucketStep:
         for layer, pair in store.prompt.layers.items():
             for buffer, part in zip(self._prompt[layer], pair, strict=True):
                 buffer[:, : store.prompt.length] = part
+        rows, columns = len(store), store.column
         for layer, pair in self._own.items():
             for which, buffer in enumerate(pair):
                 buffer.zero_()  # masked columns get weight 0, and 0 times what may be left there would be NaN
-                if store.column:
-                    buffer[: len(store), :, : store.column] = store.buffers[layer][which][
-                        : len(store), :, : store.column
-                    ]
+                if columns:
+                    buffer[:rows, :, :columns] = store.buffers[layer][which][:rows, :, :columns]
         self._held = {layer: (keys[: len(store)], values[: len(store)]) for layer, (keys, values) in self._own.items()}
         store.buffers = self._held
 

@@ -67,7 +67,7 @@ def load_model(
         options["device_map"] = {"": target}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, **options)
     if adapter is not None:
-        add_adapters(model, {adapter: 1.0} if isinstance(adapter, str) else adapter)
+        add_adapters(model, adapter_weights(adapter))
     module: torch.nn.Module = model  # transformers' own typing of .to() hides that it is a module's
     if quantization is None:
         module.to(target)
@@ -168,6 +168,11 @@ def _quantization(quantization: str | Any) -> Any:
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+def adapter_weights(adapter: str | Mapping[str, float] | None) -> Mapping[str, float]:
+    """A weight for each adapter: one that is named alone counts once."""
+    return {adapter: 1.0} if isinstance(adapter, str) else dict(adapter or {})
 
 
 def add_adapters(model: PreTrainedModel, weights: Mapping[str, float]) -> None:

@@ -24,7 +24,14 @@ from langchain_aisp.engine.choice import choose_cache
 from langchain_aisp.engine.decode import Rows, SteeredHead, Vocabulary, decode_step, split, time_is_up
 from langchain_aisp.engine.grammar import Grammars
 from langchain_aisp.engine.graphs import StepGraphs, cuda_capture
-from langchain_aisp.engine.loading import context_length, load_model, load_tokenizer, measure_head, output_head
+from langchain_aisp.engine.loading import (
+    adapter_weights,
+    context_length,
+    load_model,
+    load_tokenizer,
+    measure_head,
+    output_head,
+)
 from langchain_aisp.engine.memory import free_bytes, working_bytes
 from langchain_aisp.engine.packed import PackedProducts
 from langchain_aisp.engine.prompt import PromptEncoder
@@ -182,7 +189,7 @@ class TransformersEngine:
             remembered_bytes=remembered_bytes,
             cuda_graphs=cuda_graphs,
         )
-        engine.adapters = {adapter: 1.0} if isinstance(adapter, str) else dict(adapter or {})
+        engine.adapters = adapter_weights(adapter)
         return engine
 
     @classmethod
@@ -319,16 +326,9 @@ class TransformersEngine:
         return Ticket(job.future)
 
     def allowed(self, grammar: Grammar, tokens: Tensor, choices: Tensor) -> Tensor:
-        """Which tokens a grammar lets stand in place of a response's own.
+        """Which choices [r, L, K] may stand in place of responses' tokens [r, L], on the CPU; see ``types.Engine``.
 
-        Args:
-            grammar: What the responses obey.
-            tokens: [r, L] int64, responses, -1 after their end.
-            choices: [r, L, K] int64, tokens for each position.
-
-        Returns:
-            [r, L, K] bool on the CPU; False after the end. Where the text can go on in one way only, no other token
-            stands, even if it cuts that text differently.
+        Where the text can go on in one way only, no other token may, even if it cuts that text differently.
 
         Raises:
             ValueError: The grammar cannot be compiled.
