@@ -5,7 +5,7 @@ that option; one that is not is replaced in a small subclass here, which overrid
 All arms decode whole waves, so that nothing else differs, and one shows what rows in the places of others change.
 The prompts are dev prompts, since what is learnt here may change the method; the reward, the gold reward, the
 log-probability of the answers and the costs stand beside each other. Runs are kept one by one, as in
-`benchmarks.comparison`.
+`benchmarks.quality`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import save
-from benchmarks.comparison import Questions, compare, possible, run_arms, show
 from benchmarks.pairs import PAIRS, RUNS, Sources, add_sources, sources_of
+from benchmarks.quality import Questions, compare, possible, run_arms, show
 from langchain_aisp.evaluation.arms import Arm
 from langchain_aisp.methods import AISP, BestOfN, PublishedAISP
 from langchain_aisp.methods.aisp import AISPState

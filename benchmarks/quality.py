@@ -1,11 +1,18 @@
-"""Reward and gold reward at equal numbers of samples, on the demo pair: the default AISP against Best-of-N.
+"""Reward, gold reward and cost of the default AISP and its rivals on four pairs: does it win wherever one looks?
 
-Why: a search is worth its name only if it beats plain sampling at equal cost, on prompts that nothing was chosen on,
-and by a measure that nobody optimised. Temperatures are chosen on dev prompts at the full budget: Best-of-N gets the
-one of the highest reward, the default AISP the lowest that is within a standard error of its highest, because what is
-nearer to the model fools the reward less. AISP also runs at 1.0, as a user gets it. Every method answers the same test
-prompts with the same seeds; the gold reward is the demo's exact checker. Runs are kept one by one, so a run that was
-stopped goes on where it was.
+Why: one pair proves little, so there are four of different characters (`benchmarks.pairs`). Two steps, each of which
+can be asked for alone. `--dev` runs every rival's grid on dev prompts at the full budget, takes the setting of the
+highest mean reward, the same rule for all, and writes it down in `results/quality-settings.json`, which is never
+overwritten. `--test` runs these settings on test prompts, once: the files of the runs refuse others. All answer the
+same prompts with the same seed on the same engine, at equal numbers of samples; the gold reward judges what is best
+after each iteration, and nothing is chosen by it. A separate Best-of-N of the default's first wave shows whether any
+answer is worse than that. Each file of runs can be read by `langchain-aisp report` too.
+
+A rival that gives one answer (ARGS, RE-Control) stands as it is and as many samples. ARGS as it is asks for about as
+many rewards as all the others; with eight chains for eight times as many. The budget of the others is in samples.
+
+Runs are kept one by one, so a benchmark that was stopped goes on where it was. Workers are processes of one thread
+each; with as many of them as cores, seconds are those of a busy machine, for all rivals alike.
 """
 
 from __future__ import annotations
@@ -13,242 +20,444 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.common import RESULTS, mean_with_interval, save
-from langchain_aisp import AISP, BestOfN, ClassifierReward, align
-from langchain_aisp.align import Aligned
-from langchain_aisp.demo import REWARD_MODEL_PATH, Scenario, gold_reward, scenarios
-from langchain_aisp.engine import TransformersEngine
-from langchain_aisp.methods import PublishedAISP
-from langchain_aisp.types import Method, Sampling
+from benchmarks.pairs import PAIRS, RUNS, Opened, Pair, Sources, add_sources, open_pair, sources_of
+from langchain_aisp.align import align
+from langchain_aisp.evaluation.arms import Arm, parse_arms
+from langchain_aisp.evaluation.log import RunLog, read_log
+from langchain_aisp.evaluation.results import Results, load_results
+from langchain_aisp.evaluation.run import Run, answer, environment
+from langchain_aisp.fitting import fit_value
+from langchain_aisp.methods import BestOfN
+from langchain_aisp.types import Sampling, require
 
-MAX_TOKENS = 80
-TEMPERATURES = {  # the highest rewards lie inside
-    "best_of_n": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0),
-    "aisp": (0.3, 0.4, 0.5, 0.7),
-}
+SEED = 0
 WAVE = 32
-SEEDS = {"dev": 1, "test": 3}  # of the prompts; test prompts of 1 and 2 were looked at before settings were final
+AT_ONCE = 64  # rows of Best-of-N, which adapts to nothing and so loses nothing by larger waves
+OURS, YARDSTICK, FIRST = "aisp", "best_of_n", "first wave"
+COSTS = ("samples", "sampled_tokens", "reward_calls", "seconds", "reward_seconds")
+
+Grids = dict[str, list[str]]
+"""For each rival what its setting is chosen from, in the language of ``parse_arms``."""
+
+
+def grids(pair: Pair, samples: int) -> Grids:
+    """The rivals; a grid of one leaves nothing to choose."""
+    wave, at = min(WAVE, samples), [f"temperature={each:g}" for each in pair.temperatures]
+    warm, hot = at[1], at[3]
+    plain = f"best_of_n:samples_per_wave={AT_ONCE}"
+    ours = f"aisp:iterations={samples // wave}"
+    published = f"published:samples_per_iteration={wave}"
+    best_of = f"recontrol:best_of={samples},steps=10"
+    return {
+        YARDSTICK: [*(f"{plain},{each}" for each in at), *(f"{plain},{each},top_p=0.9" for each in at[-2:])],
+        OURS: [f"{ours},{each}" for each in at],
+        "aisp at temperature 1": [ours],
+        "published": [
+            *(f"{published},sigma={sigma},reward_temperature=0.5" for sigma in (0.5, 0.7071, 1.0, 1.5)),
+            *(f"{published},sigma=1.0,reward_temperature={each}" for each in (0.3, 1.0)),
+        ],
+        "args": [f"args:weight={weight}" for weight in (0.5, 1.0, 1.5)],
+        "args in 8 chains": [f"args:weight=1.0,chains=8,temperature={each}" for each in (0.3, 1.0)],
+        "recontrol": [f"recontrol:steps=10,step_size={size}" for size in (0.1, 0.3, 1.0)],
+        "recontrol best of n": [f"{best_of},step_size={size},{each}" for size in (0.1, 0.5) for each in (warm, hot)],
+        "qalign": [f"qalign:reward_temperature={beta},{each}" for beta in (0.1, 0.5) for each in (warm, hot)],
+        "misvo": [
+            f"misvo:samples_per_iteration={wave},learning_rate={rate},{each}"
+            for rate in (0.1, 0.3)
+            for each in (warm, hot)
+        ],
+    }
+
+
+def first_wave(spec: str, samples: int) -> str:
+    """Best-of-N of the size of the default's first wave, at the temperature of its setting."""
+    temperature = re.search(r"temperature=[^,]+", spec)
+    return ",".join([f"{YARDSTICK}:samples={min(WAVE, samples)}", *([temperature[0]] if temperature else [])])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
 
 
 @dataclass(frozen=True)
-class Arm:
-    """A method on one split of the prompts, and the temperature of its requests."""
+class Questions:
+    """The first prompts of a split of a pair.
 
-    name: str
-    split: str
-    method: Method[Any]
-    temperature: float = 1.0
-
-
-def best_of_n(samples: int, temperature: float, split: str) -> Arm:
-    """Best-of-N at one temperature."""
-    return Arm(f"best_of_{samples}@{temperature}", split, BestOfN(samples, samples_per_wave=WAVE), temperature)
-
-
-def aisp(samples: int, temperature: float, split: str) -> Arm:
-    """The default search at one temperature."""
-    return Arm(f"aisp@{temperature}", split, AISP(samples=samples, iterations=samples // WAVE), temperature)
-
-
-def dev_arms(samples: int) -> dict[str, list[Arm]]:
-    """What the temperatures are chosen from, by method."""
-    makers = {"best_of_n": best_of_n, "aisp": aisp}
-    return {name: [make(samples, at, "dev") for at in TEMPERATURES[name]] for name, make in makers.items()}
-
-
-def test_arms(samples: int, theirs: float, ours: float) -> list[Arm]:
-    """What is compared on the test prompts, Best-of-N at the temperature `theirs`.
-
-    The first arm is what all are compared with; the second is the first wave of the third.
+    Attributes:
+        pair: Its name.
+        sources: What it is opened from.
+        split: ``train``, ``dev`` or ``test``.
+        count: How many prompts.
     """
-    published = PublishedAISP(samples_per_iteration=WAVE, iterations=samples // WAVE)
+
+    pair: str
+    sources: Sources
+    split: str
+    count: int
+
+    def open(self) -> Opened:
+        """Models and prompts, once per process."""
+        return open_pair(self.pair, self.sources, self.split, self.count)
+
+    def file(self, folder: Path, label: str) -> Path:
+        """Where an arm's runs are kept."""
+        return folder / f"{self.pair}.{self.split}.{re.sub(r'[^A-Za-z0-9.=]+', '_', label)}.jsonl"
+
+
+Maker = Callable[[], Arm]
+"""Makes an arm in the process that runs it: a value network is better read from its file than sent."""
+
+Task = tuple[Questions, Maker, int]
+
+
+def run_arms(asked: Questions, makers: Sequence[Maker], folder: Path, workers: int) -> dict[str, Path]:
+    """Answer every prompt by every arm, but for what the files hold already; one file per arm.
+
+    All arms answer a prompt before the next one comes, so that what was stopped early is paired.
+
+    Args:
+        asked: The prompts.
+        makers: Of the arms.
+        folder: Where the files are.
+        workers: Processes.
+
+    Returns:
+        The files by the arms' labels.
+
+    Raises:
+        ValueError: A file was begun with other settings.
+    """
+    opened = asked.open()
+    arms = [make() for make in makers]
+    paths = {arm.label: asked.file(folder, arm.label) for arm in arms}
+    with ExitStack() as stack:
+        logs = {arm.label: stack.enter_context(RunLog(paths[arm.label], opened.evaluation(arm).config)) for arm in arms}
+        tasks: list[Task] = [
+            (asked, make, index)
+            for index, prompt in enumerate(opened.prompts)
+            for arm, make in zip(arms, makers, strict=True)
+            if (arm.label, prompt.id, SEED) not in logs[arm.label].done
+        ]
+        for log in logs.values():
+            if len(log.done) < len(opened.prompts):
+                log.append("session", environment())
+        with hands(workers) as work:
+            for done, line in enumerate(work(run, tasks), start=1):
+                logs[line["method"]].append("run", line)
+                print(f"\r{opened.name}: {done} of {len(tasks)} runs", end="", flush=True)
+    print(f"\r{opened.name}: all runs are there  ")
+    return paths
+
+
+@contextmanager
+def hands(workers: int) -> Iterator[Callable[[Callable[[Task], Any], Sequence[Task]], Iterable[Any]]]:
+    """What does the tasks: this process, or several others of one thread each, in whatever order."""
+    if workers == 1:
+        yield map
+    else:
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool.imap_unordered
+
+
+def run(task: Task) -> dict[str, Any]:
+    """One arm's answer to one prompt, as a line of a file; the prompt is read before the clock starts."""
+    asked, make, index = task
+    opened, arm = asked.open(), make()
+    prompt = opened.prompts[index]
+    align(opened.engine, opened.reward, BestOfN(samples=1), prompt.messages, sampling=Sampling(max_tokens=1))
+    *_, found = answer(opened.evaluation(arm), arm, prompt, SEED)
+    assert isinstance(found, Run)
+    return slim(found)
+
+
+def slim(found: Run) -> dict[str, Any]:
+    """A run without the texts and tokens of its samples, a tenth of its size."""
+    samples = [
+        {"reward": each.reward, "gold": each.gold, "finish_reason": each.finish_reason} for each in found.samples
+    ]
+    return {**asdict(replace(found, samples=())), "samples": samples}
+
+
+def arm_of(spec: str, label: str, max_tokens: int, samples: int, value: Path) -> Arm:
+    """The arm that a setting names, under a label; RE-Control's network is in a file."""
+    written = spec.replace("recontrol:", f"recontrol:value={value},")
+    [arm] = parse_arms(written, samples, Sampling(max_tokens=max_tokens))
+    return replace(arm, label=label)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What was found
+
+
+def rows(results: Results, reference: str) -> dict[str, dict[str, Any]]:
+    """Each arm's rewards and costs, and how far the reference is ahead of it, paired by prompt."""
+    measures = ("reward", "gold", "base_logprob")
+    table = {}
+    for name in results.methods:
+        found = {measure: results.numbers(name, measure) for measure in measures}
+        ours = {measure: results.numbers(reference, measure) for measure in measures}
+        ahead = {
+            measure: mean_with_interval([a - b for a, b in zip(ours[measure], found[measure], strict=True)])
+            for measure in ("reward", "gold")
+        }
+        table[name] = {
+            **{measure: mean_with_interval(values) for measure, values in found.items()},
+            f"{reference}_ahead": ahead,
+            "by_prompt": {measure: [round(value, 4) for value in values] for measure, values in found.items()},
+            **{cost: mean(results.numbers(name, cost)) for cost in COSTS},
+        }
+    return table
+
+
+def mean(values: Sequence[float]) -> float:
+    """The average."""
+    return sum(values) / len(values)
+
+
+Trace = Sequence[Mapping[str, float]]
+"""The numbers of one run after each of its iterations."""
+
+
+def traces(path: Path, prompts: Sequence[str]) -> list[Trace]:
+    """How an arm's runs on some prompts went."""
+    lines = {line["prompt"]: line["trace"] for line in read_log(path)[1] if line["kind"] == "run"}
+    return [lines[prompt] for prompt in prompts]
+
+
+def curve(runs: Sequence[Trace]) -> list[dict[str, float]]:
+    """Mean best reward, its gold reward and the costs after each iteration that all runs have."""
+    names = ("best", "gold", *COSTS)
     return [
-        best_of_n(samples, theirs, "test"),
-        best_of_n(WAVE, ours, "test"),
-        aisp(samples, ours, "test"),
-        aisp(samples, 1.0, "test"),
-        Arm("published_aisp", "test", published),
+        {name: mean([point[name] for point in points]) for name in names}  # the same iteration of every run
+        for points in zip(*runs, strict=False)
     ]
 
 
-@cache
-def _pair() -> tuple[TransformersEngine, ClassifierReward]:
-    """The demo's models, once per process, on one thread."""
-    torch.set_num_threads(1)
-    return TransformersEngine.shared("demo"), ClassifierReward.from_pretrained(str(REWARD_MODEL_PATH))
-
-
-@cache
-def _prompts(split: str, count: int) -> Sequence[Scenario]:
-    return scenarios(split, count, seed=SEEDS[split])
-
-
-def run(task: tuple[Arm, int, int]) -> dict[str, Any]:
-    """Answer one prompt by one arm."""
-    arm, index, count = task
-    engine, reward = _pair()
-    scenario = _prompts(arm.split, count)[index]
-    sampling = Sampling(max_tokens=MAX_TOKENS, temperature=arm.temperature)
-    outcome = align(engine, reward, arm.method, scenario.messages, sampling=sampling, seed=index)
-    return {"arm": arm.name, "split": arm.split, "prompt": index, **describe(outcome, scenario)}
-
-
-def describe(outcome: Aligned, scenario: Scenario) -> dict[str, Any]:
-    """What is kept of a run: cost, and reward and gold reward of the best answer after each iteration."""
-    gold = gold_reward(scenario)
-    curve = {now.samples: [now.best, float(gold(scenario.messages, [now.response.text])[0])] for now in outcome.trace}
+def reached(ours: Sequence[Mapping[str, float]], theirs: Mapping[str, float]) -> dict[str, Any] | None:
+    """Where a curve reaches the end of another one, and what share of its costs that took; None if it never does."""
+    there = next((point for point in ours if point["best"] >= theirs["best"]), None)
+    if there is None:
+        return None
+    shares = {cost: there[cost] / theirs[cost] for cost in COSTS if theirs[cost] > 0}
+    ours_alone, theirs_alone = (each["seconds"] - each["reward_seconds"] for each in (there, theirs))
     return {
-        "text": outcome.best.response.text,
-        "reward": outcome.best.reward,
-        "curve": curve,
-        "samples": outcome.samples,
-        "sampled_tokens": outcome.sampled_tokens,
-        "reward_calls": outcome.reward_calls,
-        "seconds": outcome.seconds,
-        "reward_seconds": outcome.reward_seconds,
+        **{cost: there[cost] for cost in COSTS},
+        "shares": {**shares, "seconds_without_reward": ours_alone / max(theirs_alone, 1e-9)},
     }
 
 
-class Log:
-    """Runs that were done, one JSON line each, keyed by what they were."""
+def compare(paths: Mapping[str, Path], reference: str, yardstick: str | None = None) -> dict[str, Any]:
+    """All that is told of some arms.
 
-    def __init__(self, path: Path) -> None:
-        """Read what is there."""
-        self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.runs = {self._key(row): row for row in map(json.loads, lines)}
-
-    def missing(self, arms: Sequence[Arm], count: int) -> list[tuple[Arm, int, int]]:
-        """The runs that are still to be done."""
-        return [(arm, i, count) for i in range(count) for arm in arms if (arm.name, arm.split, i) not in self.runs]
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Keep a run."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        self.runs[self._key(row)] = json.loads(json.dumps(row))
-
-    def column(self, arm: Arm, count: int, samples: int, which: int) -> list[float]:
-        """Reward (0) or gold reward (1) of each prompt's best answer after so many samples."""
-        return [self.runs[arm.name, arm.split, i]["curve"][str(samples)][which] for i in range(count)]
-
-    def mean(self, arm: Arm, count: int, name: str) -> float:
-        """Mean of one number over the prompts."""
-        return sum(self.runs[arm.name, arm.split, i][name] for i in range(count)) / count
-
-    @staticmethod
-    def _key(row: dict[str, Any]) -> tuple[str, str, int]:
-        return row["arm"], row["split"], row["prompt"]
-
-
-def do(arms: Sequence[Arm], count: int, log: Log, workers: int) -> None:
-    """Do the runs that are missing."""
-    tasks = log.missing(arms, count)
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for done, row in enumerate(pool.imap_unordered(run, tasks), 1):
-            log.add(row)
-            print(f"\r{arms[0].split}: {done} of {len(tasks)} runs", end="", flush=True)
-    print()
-
-
-def checkpoints(arm: Arm, log: Log) -> Iterator[int]:
-    """Numbers of samples at which the arm's curve is known."""
-    yield from sorted(map(int, log.runs[arm.name, arm.split, 0]["curve"]))
-
-
-def compare(arms: Sequence[Arm], count: int, samples: int, log: Log) -> dict[str, Any]:
-    """The table: each arm against the first, paired by prompt."""
-    reference, first_wave, ours, *_ = arms
-    table = {}
-    for arm in arms:
-        at = max(checkpoints(arm, log))
-        reward, gold = (log.column(arm, count, at, which) for which in (0, 1))
-        base = [log.column(reference, count, samples, which) for which in (0, 1)]
-        table[arm.name] = {
-            "reward": mean_with_interval(reward),
-            "gold": mean_with_interval(gold),
-            "reward_difference": mean_with_interval([a - b for a, b in zip(reward, base[0], strict=True)]),
-            "gold_difference": mean_with_interval([a - b for a, b in zip(gold, base[1], strict=True)]),
-            "curve": {n: _means(log, arm, count, n) for n in checkpoints(arm, log)},
-            **{name: log.mean(arm, count, name) for name in ("sampled_tokens", "reward_calls", "seconds")},
-        }
-    target = table[reference.name]["reward"]["mean"]
-    reached = [n for n in checkpoints(ours, log) if sum(log.column(ours, count, n, 0)) / count >= target]
-    answers, floors = log.column(ours, count, samples, 0), log.column(first_wave, count, WAVE, 0)
-    worse = sum(answer < floor - 1e-5 for answer, floor in zip(answers, floors, strict=True))
-    return {
-        "arms": table,
-        "samples_to_reach_best_of_n": min(reached, default=None),
-        "prompts_below_the_first_wave": worse,
+    Args:
+        paths: Their files, by label.
+        reference: The arm that all are compared with.
+        yardstick: An arm whose reward the reference is to reach with less.
+    """
+    results = load_results(list(paths.values()))
+    curves = {name: curve(traces(path, results.prompts)) for name, path in paths.items()}
+    told: dict[str, Any] = {
+        "prompts": len(results.prompts),
+        "prompt_ids": list(results.prompts),
+        "arms": rows(results, reference),
     }
+    for name, points in curves.items():
+        told["arms"][name]["curve"] = [point for point in points if _is_power_of_two(point["samples"])]
+    if yardstick is not None:
+        told["reached"] = reached(curves[reference], curves[yardstick][-1])
+    return told
 
 
-def _means(log: Log, arm: Arm, count: int, samples: int) -> list[float]:
-    return [sum(log.column(arm, count, samples, which)) / count for which in (0, 1)]
+def _is_power_of_two(number: float) -> bool:
+    return number == 1 << (int(number).bit_length() - 1)
 
 
-def best_temperature(arms: Sequence[Arm], count: int, log: Log, samples: int) -> Arm:
-    """The arm with the highest mean reward."""
-    return max(arms, key=lambda arm: _means(log, arm, count, samples)[0])
-
-
-def coolest_of_the_best(arms: Sequence[Arm], count: int, log: Log, samples: int) -> Arm:
-    """The arm of the lowest temperature whose reward is within one paired standard error of the highest."""
-    highest = log.column(best_temperature(arms, count, log, samples), count, samples, 0)
-
-    def is_close(arm: Arm) -> bool:
-        lost = torch.tensor(highest) - torch.tensor(log.column(arm, count, samples, 0))
-        return bool(lost.mean() <= lost.std() / count**0.5)
-
-    return min(filter(is_close, arms), key=lambda arm: arm.temperature)
-
-
-def show(result: dict[str, Any]) -> None:
-    """The comparison as a table for people."""
-    print(f"{'arm':22} {'reward':>8} {'gold':>6}   difference in reward         tokens  seconds")
-    for name, row in result["arms"].items():
-        change = row["reward_difference"]
+def show(title: str, told: Mapping[str, Any], reference: str) -> None:
+    """A comparison as a table for people."""
+    print(f"\n{title}, {told['prompts']} prompts; how far {reference} is ahead, with 95 % intervals")
+    costs = f"{'tokens':>7} {'s':>6} {'of it reward':>12}"
+    print(f"{'':24} {'reward':>7} {'gold':>6} {'log p':>7}  {'reward':^24} {'gold':^24} {costs}")
+    for name, row in told["arms"].items():
+        ahead = row[f"{reference}_ahead"]
         print(
-            f"{name:22} {row['reward']['mean']:8.3f} {row['gold']['mean']:6.2f}   "
-            f"{change['mean']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]   "
-            f"{row['sampled_tokens']:8.0f} {row['seconds']:8.2f}"
+            f"{name:24} {row['reward']['mean']:7.3f} {row['gold']['mean']:6.2f} {row['base_logprob']['mean']:7.1f}  "
+            f"{_interval(ahead['reward'])} {_interval(ahead['gold'])} "
+            f"{row['sampled_tokens']:7.0f} {row['seconds']:6.2f} {row['reward_seconds']:12.2f}"
         )
-    print(f"Best-of-N's reward is reached with {result['samples_to_reach_best_of_n']} samples")
+    if told.get("reached"):
+        found = told["reached"]
+        shares = ", ".join(f"{share:.3f} of its {name.replace('_', ' ')}" for name, share in found["shares"].items())
+        print(f"{YARDSTICK}'s reward is reached with {found['samples']:.0f} samples: {shares}")
+
+
+def _interval(found: Mapping[str, float]) -> str:
+    return f"{found['mean']:+7.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dev, then test
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a comparison, and where it keeps what.
+
+    Attributes:
+        samples: Responses that a search may decode.
+        dev: Prompts that settings are chosen on.
+        test: Prompts that they are compared on.
+        train: Prompts whose answers value networks learn from.
+        answers: Answers to each of these.
+        workers: Processes.
+        folder: Runs and value networks.
+        settings: The file of frozen settings.
+    """
+
+    samples: int = 512
+    dev: int = 12
+    test: int = 60
+    train: int = 64
+    answers: int = 16
+    workers: int = 2
+    folder: Path = RUNS / "quality"
+    settings: Path = RESULTS / "quality-settings.json"
+
+    def frozen(self) -> dict[str, Any]:
+        """Settings that were chosen, by pair."""
+        return json.loads(self.settings.read_text(encoding="utf-8")) if self.settings.exists() else {}
+
+    def freeze(self, pair: str, choice: Mapping[str, Any]) -> None:
+        """Write down what was chosen for a pair, for good.
+
+        Raises:
+            ValueError: Something was chosen before.
+        """
+        known = self.frozen()
+        require(pair not in known, f"the settings of {pair} are frozen; to choose anew, take them out of the file")
+        text = json.dumps({**known, pair: choice}, indent=1) + "\n"
+        self.settings.write_text(text, encoding="utf-8")
+
+    def makers(self, pair: str, settings: Mapping[str, str]) -> list[Maker]:
+        """Makers of arms for a pair, of settings by label."""
+        size, value = PAIRS[pair].max_tokens, self.value(pair)
+        return [partial(arm_of, spec, label, size, self.samples, value) for label, spec in settings.items()]
+
+    def value(self, pair: str) -> Path:
+        """Where a pair's value network is kept."""
+        return self.folder / f"{pair}.value.safetensors"
+
+
+def fit_network(pair: str, sources: Sources, plan: Plan) -> float:
+    """Fit RE-Control's network for a pair on answers to train prompts, unless it is there.
+
+    Returns:
+        The share of the rewards' variance that it explains on prompts that it has not seen.
+    """
+    path, told = plan.value(pair), plan.value(pair).with_suffix(".json")
+    if not (path.exists() and told.exists()):
+        opened = Questions(pair, sources, "train", plan.train).open()
+        chats = [prompt.messages for prompt in opened.prompts]
+        sampling = Sampling(max_tokens=PAIRS[pair].max_tokens)
+        fit = fit_value(opened.engine, opened.reward, chats, sampling=sampling, samples_per_prompt=plan.answers)
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        fit.network.save(path)
+        told.write_text(json.dumps({"explained": fit.explained}), encoding="utf-8")
+    explained: float = json.loads(told.read_text(encoding="utf-8"))["explained"]
+    return explained
+
+
+def choose_on_dev(pair: str, sources: Sources, plan: Plan) -> None:
+    """Run the grids on dev prompts and freeze what gave the highest mean reward."""
+    explained = fit_network(pair, sources, plan)
+    candidates = grids(PAIRS[pair], plan.samples)
+    specs = [spec for grid in candidates.values() if len(grid) > 1 for spec in grid]
+    asked = Questions(pair, sources, "dev", plan.dev)
+    paths = run_arms(asked, plan.makers(pair, dict(zip(specs, specs, strict=True))), plan.folder, plan.workers)
+    results = load_results(list(paths.values()))
+    rewards = {spec: mean(results.numbers(spec, "reward")) for spec in specs}
+    chosen = {rival: max(grid, key=lambda spec: rewards.get(spec, 0.0)) for rival, grid in candidates.items()}
+    chosen[FIRST] = first_wave(chosen[OURS], plan.samples)
+    sizes = {"samples": plan.samples, "dev_prompts": plan.dev}
+    plan.freeze(pair, {**sizes, "chosen": chosen, "dev_rewards": rewards, "value_network_explains": explained})
+    print("\n".join(f"{rival}: {spec}" for rival, spec in chosen.items()))
+
+
+def compare_on_test(pair: str, sources: Sources, plan: Plan) -> dict[str, Any]:
+    """Run the frozen settings on test prompts and compare.
+
+    Raises:
+        ValueError: No settings were chosen, or with another number of samples.
+    """
+    frozen = plan.frozen()
+    require(pair in frozen, f"no settings were chosen for {pair} yet; run --dev first")
+    settings, samples = frozen[pair]["chosen"], frozen[pair]["samples"]
+    require(samples == plan.samples, f"{pair}: settings were chosen at {samples} samples, --samples is {plan.samples}")
+    asked = Questions(pair, sources, "test", plan.test)
+    told = compare(run_arms(asked, plan.makers(pair, settings), plan.folder, plan.workers), OURS, YARDSTICK)
+    show(f"{pair} at {samples} samples", told, OURS)
+    ours, floor = (told["arms"][name]["by_prompt"]["reward"] for name in (OURS, FIRST))
+    below = sum(answer < least - 1e-3 for answer, least in zip(ours, floor, strict=True))
+    print(f"prompts whose answer is worse than that of a Best-of-N of the first wave's size: {below}")
+    return {"settings": settings, **told, "prompts_below_the_first_wave": below}
+
+
+def possible(names: Sequence[str], sources: Sources) -> list[str]:
+    """The pairs that can be opened; the others are named with the reason."""
+    reasons = {name: sources.missing(PAIRS[name].needs) for name in names}
+    for name, reason in reasons.items():
+        if reason is not None:
+            print(f"{name} is left out: {reason}")
+    return [name for name, reason in reasons.items() if reason is None]
 
 
 def main() -> None:
-    """Choose on dev prompts, compare on test prompts."""
+    """Choose on dev prompts, then compare on test prompts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--prompts", type=int, default=60, help="test prompts")
-    parser.add_argument("--dev-prompts", type=int, default=20)
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--log", type=Path, default=RESULTS / "quality.jsonl", help="where single runs are kept")
+    step = parser.add_mutually_exclusive_group()
+    step.add_argument("--dev", action="store_true", help="only choose settings and freeze them")
+    step.add_argument("--test", action="store_true", help="only run the frozen settings, once")
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
+    add_sources(parser)
+    parser.add_argument("--samples", type=int, default=Plan.samples)
+    parser.add_argument("--dev-prompts", type=int, default=Plan.dev)
+    parser.add_argument("--prompts", type=int, default=Plan.test, help="test prompts")
+    parser.add_argument("--train-prompts", type=int, default=Plan.train, help="of the value networks")
+    parser.add_argument("--workers", type=int, default=Plan.workers, help="processes of one thread each")
+    parser.add_argument("--runs", type=Path, default=Plan.folder, help="where single runs are kept")
+    parser.add_argument("--settings", type=Path, default=Plan.settings, help="the file of frozen settings")
     args = parser.parse_args()
-    log = Log(args.log)
-    candidates = dev_arms(args.samples)
-    do([arm for arms in candidates.values() for arm in arms], args.dev_prompts, log, args.workers)
-    on_dev = {
-        arm.name: _means(log, arm, args.dev_prompts, args.samples)[0] for arms in candidates.values() for arm in arms
-    }
-    theirs, ours = (
-        choose(candidates[name], args.dev_prompts, log, args.samples).temperature
-        for name, choose in (("best_of_n", best_temperature), ("aisp", coolest_of_the_best))
+    torch.set_num_threads(1)
+    plan = Plan(
+        samples=args.samples,
+        dev=args.dev_prompts,
+        test=args.prompts,
+        train=args.train_prompts,
+        workers=args.workers,
+        folder=args.runs,
+        settings=args.settings,
     )
-    arms = test_arms(args.samples, theirs, ours)
-    do(arms, args.prompts, log, args.workers)
-    result = compare(arms, args.prompts, args.samples, log)
-    show(result)
-    settings = {"samples": args.samples, "prompts": args.prompts, "max_tokens": MAX_TOKENS}
-    save("quality", {**settings, "dev_rewards": on_dev, "temperatures": {"best_of_n": theirs, "aisp": ours}, **result})
+    sources = sources_of(args)
+    pairs = possible(args.pairs, sources)
+    for pair in pairs:
+        if not args.test and pair in plan.frozen():
+            print(f"{pair}: its settings are frozen already")
+        elif not args.test:
+            choose_on_dev(pair, sources, plan)
+        if not args.dev:
+            told = compare_on_test(pair, sources, plan)
+            save(f"quality-{pair}", {"pair": pair, "samples": plan.samples, **told})
 
 
 if __name__ == "__main__":

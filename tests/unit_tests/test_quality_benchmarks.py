@@ -1,4 +1,4 @@
-"""The pairs, the comparison and the ablations at toy size: what they open, choose, freeze, resume and change."""
+"""The pairs, the quality benchmark and the ablations at toy size: what they open, choose, freeze, resume and change."""
 
 import gzip
 import json
@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import ablations, common, comparison, pairs, preferences
+from benchmarks import ablations, common, pairs, preferences, quality
 from benchmarks.pairs import PAIRS, LatentSemantics, Pair, Sources
 from langchain_aisp.align import align
 from langchain_aisp.demo import LANGUAGE_MODEL_PATH
@@ -67,7 +67,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
 
 def test_a_pair_whose_folders_are_absent_is_left_out_with_the_reason(tmp_path, capsys) -> None:
     nowhere = Sources(judges=tmp_path / "none")
-    assert comparison.possible(list(PAIRS), nowhere) == ["demo", "conflict"]
+    assert quality.possible(list(PAIRS), nowhere) == ["demo", "conflict"]
     told = capsys.readouterr().out
     assert "similarity is left out" in told
     assert "--model FOLDER" in told
@@ -151,7 +151,7 @@ def test_preference_models_learn_from_unlike_dialogues_that_the_person_is_right(
     assert preferences.verdicts(rows) == [(0, 1), (0, 2), (3, 4)]
 
 
-# -- the comparison ---------------------------------------------------------------------------------------------------
+# -- quality ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def toy(monkeypatch: pytest.MonkeyPatch):
             temperatures=(0.5, 0.7, 1.0, 1.2, 1.5),
         )
         monkeypatch.setitem(PAIRS, "toy", pair)
-        monkeypatch.setattr(comparison, "WAVE", 4)
+        monkeypatch.setattr(quality, "WAVE", 4)
         monkeypatch.setattr(ablations, "WAVE", 4)
         pairs.open_pair.cache_clear()
         yield pair
@@ -191,11 +191,11 @@ SMALL = {
 
 
 @pytest.fixture
-def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> comparison.Plan:
-    monkeypatch.setattr(comparison, "grids", lambda pair, samples: SMALL)
-    monkeypatch.setattr(comparison, "fit_value", partial(comparison.fit_value, epochs=2, hidden=4))
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> quality.Plan:
+    monkeypatch.setattr(quality, "grids", lambda pair, samples: SMALL)
+    monkeypatch.setattr(quality, "fit_value", partial(quality.fit_value, epochs=2, hidden=4))
     sizes = {"samples": 8, "dev": 2, "test": 2, "train": 3, "answers": 4, "workers": 1}
-    return comparison.Plan(**sizes, folder=tmp_path / "runs", settings=tmp_path / "settings.json")
+    return quality.Plan(**sizes, folder=tmp_path / "runs", settings=tmp_path / "settings.json")
 
 
 def timeless(told: dict) -> dict:
@@ -209,35 +209,36 @@ def timeless(told: dict) -> dict:
     return strip(told)
 
 
-def test_a_killed_run_goes_on_to_the_same_table(toy: Pair, plan: comparison.Plan, monkeypatch) -> None:
-    comparison.choose_on_dev("toy", Sources(), plan)
-    uninterrupted = comparison.compare_on_test("toy", Sources(), plan)
+def test_a_killed_run_goes_on_to_the_same_table(toy: Pair, plan: quality.Plan, monkeypatch) -> None:
+    quality.choose_on_dev("toy", Sources(), plan)
+    uninterrupted = quality.compare_on_test("toy", Sources(), plan)
     again = replace(plan, folder=plan.folder / "again")
     again.folder.mkdir()
     shutil.copy(plan.value("toy"), again.value("toy"))
-    run, left = comparison.run, iter(range(3))
+    run, left = quality.run, iter(range(3))
 
-    def dying(task: comparison.Task) -> dict:
+    def dying(task: quality.Task) -> dict:
         if next(left, None) is None:
             raise KeyboardInterrupt
         return run(task)
 
-    monkeypatch.setattr(comparison, "run", dying)
+    monkeypatch.setattr(quality, "run", dying)
     with pytest.raises(KeyboardInterrupt):
-        comparison.compare_on_test("toy", Sources(), again)
+        quality.compare_on_test("toy", Sources(), again)
     done: list[str] = []
-    monkeypatch.setattr(comparison, "run", lambda task: done.append(task[1]().label) or run(task))
-    resumed = comparison.compare_on_test("toy", Sources(), again)
-    assert len(done) == 2 * 3 - 3
+    monkeypatch.setattr(quality, "run", lambda task: done.append(task[1]().label) or run(task))
+    resumed = quality.compare_on_test("toy", Sources(), again)
+    assert len(done) == 2 * 4 - 3
     assert timeless(resumed) == timeless(uninterrupted)
     assert resumed["arms"]["aisp"]["samples"] == resumed["arms"]["best_of_n"]["samples"] == 8
-    assert resumed["arms"]["recontrol"]["samples"] == 1
+    assert (resumed["arms"]["recontrol"]["samples"], resumed["arms"]["first wave"]["samples"]) == (1, 4)
+    assert resumed["prompts_below_the_first_wave"] == 0
 
 
-def test_the_choice_on_dev_is_the_highest_reward_and_frozen(toy: Pair, plan: comparison.Plan) -> None:
+def test_the_choice_on_dev_is_the_highest_reward_and_frozen(toy: Pair, plan: quality.Plan) -> None:
     with pytest.raises(ValueError, match="run --dev first"):
-        comparison.compare_on_test("toy", Sources(), plan)
-    comparison.choose_on_dev("toy", Sources(), plan)
+        quality.compare_on_test("toy", Sources(), plan)
+    quality.choose_on_dev("toy", Sources(), plan)
     frozen = plan.frozen()["toy"]
     rewards = frozen["dev_rewards"]
     assert set(rewards) == set(SMALL["best_of_n"])  # a grid of one is not run
@@ -246,26 +247,26 @@ def test_the_choice_on_dev_is_the_highest_reward_and_frozen(toy: Pair, plan: com
     with pytest.raises(ValueError, match="the settings of toy are frozen"):
         plan.freeze("toy", {})
     with pytest.raises(ValueError, match="were chosen at 8 samples"):
-        comparison.compare_on_test("toy", Sources(), replace(plan, samples=4))
+        quality.compare_on_test("toy", Sources(), replace(plan, samples=4))
     first = plan.settings.read_text()
-    comparison.compare_on_test("toy", Sources(), plan)
+    quality.compare_on_test("toy", Sources(), plan)
     assert plan.settings.read_text() == first
     changed = {**plan.frozen(), "toy": {**frozen, "chosen": {**frozen["chosen"], "aisp": "aisp:iterations=1"}}}
     plan.settings.write_text(json.dumps(changed))
     with pytest.raises(ValueError, match="was begun with another configuration"):
-        comparison.compare_on_test("toy", Sources(), plan)
+        quality.compare_on_test("toy", Sources(), plan)
 
 
 def test_the_command_chooses_once_and_saves_what_the_test_prompts_show(
-    toy: Pair, plan: comparison.Plan, tmp_path: Path, monkeypatch, capsys
+    toy: Pair, plan: quality.Plan, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     sizes = ["--samples", "8", "--dev-prompts", "2", "--prompts", "2", "--train-prompts", "3", "--workers", "1"]
     places = ["--runs", str(plan.folder), "--settings", str(plan.settings), "--pairs", "toy"]
     threads = torch.get_num_threads()
-    for step in ("--dev", "--dev", "--test"):
-        monkeypatch.setattr(sys, "argv", [str(comparison.__file__), step, *sizes, *places])
-        comparison.main()
+    for step in (["--dev"], ["--dev"], []):
+        monkeypatch.setattr(sys, "argv", [str(quality.__file__), *step, *sizes, *places])
+        quality.main()
     torch.set_num_threads(threads)
     told = capsys.readouterr().out
     assert "toy: its settings are frozen already" in told
@@ -279,13 +280,18 @@ def test_the_command_chooses_once_and_saves_what_the_test_prompts_show(
     assert {"reward", "gold", "base_logprob", "sampled_tokens", "seconds", "reward_seconds"} <= set(row)
 
 
+def test_the_first_wave_is_as_large_and_as_hot_as_that_of_the_setting() -> None:
+    assert quality.first_wave("aisp:iterations=16,temperature=0.7", 512) == "best_of_n:samples=32,temperature=0.7"
+    assert quality.first_wave("aisp:iterations=1", 8) == "best_of_n:samples=8"
+
+
 def test_every_setting_of_the_grids_names_an_arm_of_equal_samples(tmp_path: Path) -> None:
     network = ValueNetwork(*(torch.zeros(size) for size in ((2, 3), (2,), (2, 2), (2,), (2,), ())))
     network.save(tmp_path / "value.safetensors")
     for pair in PAIRS.values():
-        for rival, grid in comparison.grids(pair, 512).items():
+        for rival, grid in quality.grids(pair, 512).items():
             for spec in grid:
-                make = partial(comparison.arm_of, spec, rival, pair.max_tokens, 512, tmp_path / "value.safetensors")
+                make = partial(quality.arm_of, spec, rival, pair.max_tokens, 512, tmp_path / "value.safetensors")
                 arm = pickle.loads(pickle.dumps(make))()
                 assert arm.label == rival
                 assert arm.sampling.max_tokens == pair.max_tokens
@@ -299,16 +305,16 @@ def _samples(method: object) -> int:
 
 def test_a_search_has_reached_another_one_where_its_mean_is_no_lower() -> None:
     def point(samples: int, best: float) -> dict[str, float]:
-        costs = dict.fromkeys(comparison.COSTS, float(samples))
+        costs = dict.fromkeys(quality.COSTS, float(samples))
         return {"best": best, "gold": 0.0, **costs, "reward_seconds": samples / 4}
 
     ours, theirs = [point(32, 1.0), point(64, 3.0), point(96, 4.0)], point(512, 3.0)
-    found = comparison.reached(ours, theirs)
+    found = quality.reached(ours, theirs)
     assert found["samples"] == 64
     assert found["shares"]["sampled_tokens"] == found["shares"]["seconds_without_reward"] == 64 / 512
-    assert comparison.reached(ours, point(512, 5.0)) is None
+    assert quality.reached(ours, point(512, 5.0)) is None
     runs = [[point(32, 1.0), point(64, 2.0)], [point(32, 3.0), point(64, 4.0), point(96, 9.0)]]
-    assert [each["best"] for each in comparison.curve(runs)] == [2.0, 3.0]
+    assert [each["best"] for each in quality.curve(runs)] == [2.0, 3.0]
 
 
 # -- the ablations ----------------------------------------------------------------------------------------------------
