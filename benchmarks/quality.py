@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -56,13 +57,12 @@ def grids(pair: Pair, samples: int) -> Grids:
     wave, at = min(WAVE, samples), [f"temperature={each:g}" for each in pair.temperatures]
     warm, hot = at[1], at[3]
     plain = f"best_of_n:samples_per_wave={AT_ONCE}"
-    ours = f"aisp:iterations={samples // wave}"
     published = f"published:samples_per_iteration={wave}"
     best_of = f"recontrol:best_of={samples},steps=10"
     return {
         YARDSTICK: [*(f"{plain},{each}" for each in at), *(f"{plain},{each},top_p=0.9" for each in at[-2:])],
-        OURS: [f"{ours},{each}" for each in at],
-        "aisp at temperature 1": [ours],
+        OURS: [f"aisp:{each}" for each in at],
+        "aisp at temperature 1": ["aisp"],
         "published": [
             *(f"{published},sigma={sigma},reward_temperature=0.5" for sigma in (0.5, 0.7071, 1.0, 1.5)),
             *(f"{published},sigma=1.0,reward_temperature={each}" for each in (0.3, 1.0)),
@@ -82,8 +82,9 @@ def grids(pair: Pair, samples: int) -> Grids:
 
 def first_wave(spec: str, samples: int) -> str:
     """Best-of-N of the size of the default's first wave, at the temperature of its setting."""
-    temperature = re.search(r"temperature=[^,]+", spec)
-    return ",".join([f"{YARDSTICK}:samples={min(WAVE, samples)}", *([temperature[0]] if temperature else [])])
+    [ours] = parse_arms(spec, samples, Sampling())
+    size = math.ceil(samples / ours.method.iterations)
+    return f"{YARDSTICK}:samples={size},temperature={ours.sampling.temperature:g}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

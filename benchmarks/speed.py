@@ -172,7 +172,7 @@ def aisp_to_best_of_n(name: str, engine: TransformersEngine, args: argparse.Name
     searches.run(searches.best_of_n(min(BATCHES)), items[-1])  # warm-up
     batch, tried = searches.fastest_batch(items[-3:])
     searches.found.clear()
-    method = AISP(samples=args.samples, iterations=min(AISP.iterations, args.samples))
+    method = AISP(samples=args.samples)
     result = compare_pairs(
         f"{name}: AISP / Best-of-N, {batch} rows at once, {args.samples} samples each",
         lambda item: searches.run(method, item),

@@ -19,7 +19,7 @@ def warm(chat: Chat, responses: Sequence[str]) -> list[float]:
 
 
 for reward in (brief, warm):
-    chat = AISPChatModel(model="demo", reward=reward, method=AISP(samples=96, iterations=8), max_tokens=80, seed=1)
+    chat = AISPChatModel(model="demo", reward=reward, method=AISP(samples=96), max_tokens=80, seed=1)
     message = chat.invoke("Where is my order 48213?")
     trace = message.response_metadata["trace"]
     print(f"{reward.__name__}: {trace[0]['mean']:.1f} on average without a search, {trace[-1]['best']:.0f} with it")

@@ -4,7 +4,7 @@ from langchain_aisp import AISP, AISPChatModel
 
 chat = AISPChatModel(
     model="demo",
-    method=AISP(samples=64, iterations=8),
+    method=AISP(samples=64),
     max_tokens=96,
     seed=7,
 )

@@ -92,7 +92,7 @@ class AISPChatModel(BaseChatModel):
         ```python
         from langchain_aisp import AISP, AISPChatModel
 
-        chat = AISPChatModel(model="demo", method=AISP(samples=128, iterations=8), max_tokens=64)
+        chat = AISPChatModel(model="demo", method=AISP(samples=128), max_tokens=64)
         message = chat.invoke("My parcel is late")
         print(message.content, message.response_metadata["reward"])
         ```

@@ -17,6 +17,7 @@ from langchain_aisp import __version__, profiling
 from langchain_aisp.align import Aligned, Budget, Iteration, Settings, iterate
 from langchain_aisp.demo import REWARD_MODEL_PATH, Scenario, gold_reward, scenarios
 from langchain_aisp.engine import TransformersEngine
+from langchain_aisp.evaluation.arms import in_iterations
 from langchain_aisp.methods import AISP, BestOfN
 from langchain_aisp.rewards import ClassifierReward, RewardError, as_reward
 from langchain_aisp.types import Chat, Method, Reward, Sampling
@@ -62,7 +63,9 @@ RewardName = Annotated[
     str | None, typer.Option(help="module:function, or a reward model; needed unless the model is 'demo'.")
 ]
 Samples = Annotated[int, typer.Option(min=1, help="Responses that a search may decode in all.")]
-Iterations = Annotated[int, typer.Option(min=1, help="Waves that share the samples; at most one per sample.")]
+Iterations = Annotated[
+    int | None, typer.Option(min=1, help="Parts of the search that share the samples; at most one per sample.")
+]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 takes the likeliest token.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same answer.")]
@@ -136,7 +139,7 @@ def ask(
     reward: RewardName = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     samples: Samples = AISP.samples,
-    iterations: Iterations = AISP.iterations,
+    iterations: Iterations = None,
     max_tokens: MaxTokens = 96,
     temperature: Temperature = 1.0,
     seconds: Annotated[float | None, typer.Option(help="Wall-clock time after which the search ends.")] = None,
@@ -160,7 +163,7 @@ def profile(
     method: Annotated[MethodName, typer.Option(help="How to search.")] = MethodName.AISP,
     reward: RewardName = None,
     samples: Samples = AISP.samples,
-    iterations: Iterations = AISP.iterations,
+    iterations: Iterations = None,
     max_tokens: MaxTokens = 96,
     temperature: Temperature = 1.0,
     seed: Seed = 0,
@@ -182,7 +185,7 @@ def profile(
 def demo(
     prompts: Annotated[int, typer.Option(min=1, help="How many customers to answer.")] = 1,
     samples: Samples = AISP.samples,
-    iterations: Iterations = AISP.iterations,
+    iterations: Iterations = None,
     max_tokens: MaxTokens = 96,
     seed: Seed = 0,
 ) -> None:
@@ -240,14 +243,14 @@ def import_function(spec: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-def build_method(name: MethodName, samples: int, iterations: int) -> Method[Any]:
-    """A method that spends all samples, in so many waves."""
-    iterations = min(iterations, samples)
+def build_method(name: MethodName, samples: int, iterations: int | None) -> Method[Any]:
+    """A method that spends all samples, in so many iterations or as many as it likes."""
     if name is MethodName.BEST_OF_N:
         return BestOfN(samples=samples)
+    options = {} if iterations is None else {"iterations": min(iterations, samples)}
     if name is MethodName.PUBLISHED:
-        return AISP.published(samples_per_iteration=-(-samples // iterations), iterations=iterations)
-    return AISP(samples=samples, iterations=iterations)
+        return AISP.published(**in_iterations(samples, options))
+    return AISP(samples=samples, **options)
 
 
 def progress_bar() -> Progress:

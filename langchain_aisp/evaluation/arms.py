@@ -39,15 +39,11 @@ class Arm:
         return f"{self.method!r} with {self.sampling!r}, at most {self.samples} samples"
 
 
-def _at_once(samples: int, options: Mapping[str, Any]) -> Mapping[str, Any]:
+def _samples_in_all(samples: int, options: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"samples": samples}
 
 
-def _in_waves(samples: int, options: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {"samples": samples, "iterations": min(AISP.iterations, samples)}
-
-
-def _per_iteration(samples: int, options: Mapping[str, Any]) -> Mapping[str, Any]:
+def in_iterations(samples: int, options: Mapping[str, Any]) -> Mapping[str, Any]:
     """As many iterations as samples in each, as those do who use the published method (n = κ = 32)."""
     iterations = options.get("iterations", math.ceil(math.sqrt(samples)))
     rows = options.get("samples_per_iteration", math.ceil(samples / iterations))
@@ -72,10 +68,10 @@ def _recontrol(
 
 METHODS: dict[str, tuple[Callable[..., Method[Any]], Spend]] = {
     "greedy": (Greedy, _one_answer),
-    "best_of_n": (BestOfN, _at_once),
-    "aisp": (AISP, _in_waves),
-    "published": (PublishedAISP, _per_iteration),
-    "misvo": (MISVO, _per_iteration),
+    "best_of_n": (BestOfN, _samples_in_all),
+    "aisp": (AISP, _samples_in_all),
+    "published": (PublishedAISP, in_iterations),
+    "misvo": (MISVO, in_iterations),
     "qalign": (QAlign, _in_chains),
     "args": (ARGS, _one_answer),
     "recontrol": (_recontrol, _one_answer),

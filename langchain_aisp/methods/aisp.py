@@ -33,6 +33,8 @@ from langchain_aisp.methods.weights import effective_sample_size
 from langchain_aisp.noise import fold, gumbel, wave_keys
 from langchain_aisp.types import Info, Observable, Problem, Rollouts, Sampling, Wave, require
 
+_ROWS = 32  # of an iteration, at most: more of them would decode before anything is learnt from them
+_FEWEST = 8  # iterations, where there are so many samples: a search that adapts too rarely is Best-of-N
 _FISHER_FLOOR = 0.01  # of the mean eigenvalue: directions that no sample has shown are not trusted
 
 
@@ -197,7 +199,7 @@ class AISP:
     Attributes:
         samples: Responses in all, as in ``BestOfN``: equal numbers are equal cost.
         iterations: Parts of the search with equal shares of them, the first of plain samples; more parts adapt more
-            often and decode fewer rows at once.
+            often and decode fewer rows at once. By default 8, or as many as leave each part 32 samples.
         population: M, how many of the best responses may become parents.
         cooling: Temperature of what follows a branch, as a factor of the request's: the branches bring the variety.
         control_kl: Length of the shared control in nats per token; 0 uses none.
@@ -208,7 +210,7 @@ class AISP:
     """
 
     samples: int = 256
-    iterations: int = 8
+    iterations: int = None  # type: ignore[assignment]  # a number from __post_init__ on
     population: int = 8
     cooling: float = 0.25
     control_kl: float = 0.0
@@ -218,6 +220,8 @@ class AISP:
     def __post_init__(self) -> None:
         """Reject settings that leave nothing to search."""
         require(self.samples >= 1, f"samples must be at least 1, got {self.samples}")
+        if self.iterations is None:
+            object.__setattr__(self, "iterations", min(self.samples, max(_FEWEST, math.ceil(self.samples / _ROWS))))
         require(
             1 <= self.iterations <= self.samples,
             f"iterations must be between 1 and samples = {self.samples}, got {self.iterations}",

@@ -326,5 +326,10 @@ def test_settings_that_leave_nothing_to_search_are_refused(settings, message):
         AISP(**settings)
 
 
+@pytest.mark.parametrize(("samples", "iterations"), [(1, 1), (5, 5), (8, 8), (64, 8), (256, 8), (257, 9), (512, 16)])
+def test_a_search_has_eight_iterations_or_as_many_as_leave_each_32_samples(samples, iterations):
+    assert AISP(samples=samples).iterations == iterations
+
+
 def test_published_makes_the_published_form():
     assert AISP.published(sigma=0.3, iterations=4) == PublishedAISP(sigma=0.3, iterations=4)

@@ -282,7 +282,8 @@ def test_the_command_chooses_once_and_saves_what_the_test_prompts_show(
 
 def test_the_first_wave_is_as_large_and_as_hot_as_that_of_the_setting() -> None:
     assert quality.first_wave("aisp:iterations=16,temperature=0.7", 512) == "best_of_n:samples=32,temperature=0.7"
-    assert quality.first_wave("aisp:iterations=1", 8) == "best_of_n:samples=8"
+    assert quality.first_wave("aisp:iterations=1", 8) == "best_of_n:samples=8,temperature=1"
+    assert quality.first_wave("aisp:temperature=0.3", 512) == "best_of_n:samples=32,temperature=0.3"
 
 
 def test_every_setting_of_the_grids_names_an_arm_of_equal_samples(tmp_path: Path) -> None:
@@ -467,5 +468,4 @@ def test_the_default_of_the_ablations_is_the_default(engine) -> None:
     arm = ablations.arms(128, SAMPLING)[0]
     assert arm.method == AISP(samples=128, iterations=4, overlap=1)
     assert ablations.arms(128, SAMPLING)[1].method == AISP(samples=128, iterations=4)
-    assert AISP.samples // AISP.iterations == ablations.WAVE == 32
     assert align(engine, reward, arm.method, CHAT, sampling=SAMPLING).samples == 128
