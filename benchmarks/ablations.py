@@ -53,7 +53,7 @@ class UniformCuts(AISP):
         wave, population = super().propose(state), state.population
         if population is None:
             return wave
-        parents = draw_parents(population.weights, _row_keys(state, _PARENTS, len(wave)))
+        parents = draw_parents(state.weights, _row_keys(state, _PARENTS, len(wave)))
         cut = (uniform(_row_keys(state, _CUTS, len(wave))) * population.lengths[parents]).long()
         kept = torch.arange(wave.prefix.shape[1]) < cut[:, None]
         fresh = wave_keys(wave.prompt.key, state.waves, torch.arange(len(wave)), wave.prefix.shape[1])
@@ -115,7 +115,7 @@ class ByParent(AISP):
         if population is None:
             return super().propose(state)
         offset = float(uniform(_row_keys(state, _SHARES, 1)))
-        counts = shares(self.weights(population), self.wave_size(state), offset)
+        counts = shares(state.weights, self.wave_size(state), offset)
         alone = [only(state, population, row) for row in range(len(population))]
         first = -(state.waves * self.population)  # below all iterations, so that no noise is used twice
         return side_by_side(
@@ -126,12 +126,25 @@ class ByParent(AISP):
             ]
         )
 
-    def weights(self, population: Population) -> Tensor:
-        """Importance weights [M] of the members."""
+    def _weights(self, population: Population, drawn: int) -> Tensor:
         if self.reward_temperature is None:
-            return population.weights
+            return super()._weights(population, drawn)
         rewards = complete_first(population.rewards, population.complete)
         return importance_weights(rewards, self.reward_temperature)
+
+
+@dataclass(frozen=True)
+class SteadyShare(AISP):
+    """An effective sample size that is the same share of the parents throughout.
+
+    Attributes:
+        share: Of the members.
+    """
+
+    share: float = 0.6
+
+    def _weights(self, population: Population, drawn: int) -> Tensor:
+        return population.weights(self.share)
 
 
 @dataclass(frozen=True)
@@ -228,7 +241,7 @@ class PositionControl(AISP):
 def only(state: AISPState, population: Population, row: int) -> AISPState:
     """The state as if one of the members were the only one."""
     cuts = None if state.cuts is None else state.cuts[row : row + 1]
-    return replace(state, population=population.take(torch.tensor([row])), cuts=cuts)
+    return replace(state, population=population.take(torch.tensor([row])), weights=torch.ones(1), cuts=cuts)
 
 
 def draw_parents(weights: Tensor, keys: Tensor) -> Tensor:
@@ -271,10 +284,11 @@ def arms(samples: int, sampling: Sampling) -> list[Arm]:
         "branching: uniform positions": UniformPositions(**size),
         "replacement: with": WithReplacement(**size),
         **{f"population: {count}": AISP(**size, population=count) for count in (1, 2, 4, 16)},
+        "lambda: same share throughout": SteadyShare(**size),
         "lambda: by parent, by sample size": ByParent(**size),
         **{f"lambda: by parent, {each:g}": ByParent(**size, reward_temperature=each) for each in (0.1, 1.0)},
         "lambda: by parent, all alike": ByParent(**size, reward_temperature=ALIKE),
-        **{f"control: shared, {kl:g} nats": AISP(**size, control_kl=kl) for kl in (0.1, 0.3)},
+        **{f"control: shared, {kl:g} nats": AISP(**size, control_kl=kl) for kl in (0.1, 0.3, 1.0)},
         **{f"control: per position, {kl:g} nats": PositionControl(**size, control_kl=kl) for kl in (0.1, 0.3)},
         **{f"waves: {number}": AISP(**{**size, "iterations": number}) for number in others},
         **{f"decode: cooling {each:g}": AISP(**size, cooling=each) for each in (0.0, 0.5, 1.0)},

@@ -35,6 +35,7 @@ from langchain_aisp.types import Info, Observable, Problem, Rollouts, Sampling, 
 
 _ROWS = 32  # of an iteration, at most: more of them would decode before anything is learnt from them
 _FEWEST = 8  # iterations, where there are so many samples: a search that adapts too rarely is Best-of-N
+_ESS = (0.8, 0.2)  # of the population, at the beginning and at the end: many parents first, then the best alone
 _FISHER_FLOOR = 0.01  # of the mean eigenvalue: directions that no sample has shown are not trusted
 
 
@@ -145,6 +146,7 @@ class AISPState:
         flight: Rows that have not ended.
         goes_on: Whether more belongs to the present iteration.
         population: Possible parents, None before the first wave.
+        weights: [M] importance weights of the population.
         visited: [S] int64, nodes (see ``Population``) that a response has gone through, sorted.
         evidence: What is known about a shared control.
         cuts: [M, L] log-weights of the positions at which parents are cut; None without credit, see ``credited``.
@@ -157,6 +159,7 @@ class AISPState:
     flight: Flight | None
     goes_on: bool
     population: Population | None
+    weights: Tensor
     visited: Tensor
     evidence: Evidence
     cuts: Tensor | None = None
@@ -251,7 +254,18 @@ class AISP:
         """Nothing seen yet."""
         width = problem.head.width if self.control_kl > 0 else 0
         nothing = torch.empty(0, dtype=torch.int64)
-        return AISPState(problem, self._ends(problem), 0, 0, None, False, None, nothing, Evidence.none(width))
+        return AISPState(
+            problem,
+            self._ends(problem),
+            waves=0,
+            drawn=0,
+            flight=None,
+            goes_on=False,
+            population=None,
+            weights=torch.empty(0),
+            visited=nothing,
+            evidence=Evidence.none(width),
+        )
 
     def propose(self, state: AISPState) -> Wave:
         """Plain samples first, then branches of the best responses, beside the rows that have not ended."""
@@ -294,11 +308,11 @@ class AISP:
             population = state.population.join(population).best(self.population)
         if state.problem.allowed is not None:
             population = population.within(state.problem.allowed)
-        weights = population.weights
         positions = torch.arange(rows.tokens.shape[1])
         written = positions < rows.lengths[:, None]
         entered = written & (positions >= wave.cut[:, None] - 1)  # from the branching token on
         drawn, evidence = state.drawn + len(ended), state.evidence
+        weights = self._weights(population, drawn)
         if self.control_kl > 0:
             decoded = written & (positions >= wave.cut[:, None])
             evidence = evidence.add(judged.take(ended), decoded[ended])
@@ -309,6 +323,7 @@ class AISP:
             flight=_flight(rows, wave, rollouts),
             goes_on=not any(state.drawn < end <= drawn for end in state.ends),
             population=population,
+            weights=weights,
             cuts=None,
             visited=torch.cat([state.visited, rows.nodes[entered]]).unique(),
             evidence=evidence,
@@ -346,6 +361,11 @@ class AISP:
     def _cooled(self, sampling: Sampling) -> Sampling:
         return replace(sampling, temperature=sampling.temperature * self.cooling)
 
+    def _weights(self, population: Population, drawn: int) -> Tensor:
+        """Importance weights [M] of the parents after so many responses: the search narrows as it goes on."""
+        broad, narrow = _ESS
+        return population.weights(broad + (narrow - broad) * min(1.0, drawn / self.samples))
+
     def _steering(self, state: AISPState) -> SharedSteering | None:
         if self.control_kl == 0 or state.population is None:
             return None
@@ -356,7 +376,7 @@ class AISP:
         population = population.shortened()
         cuts = None if state.cuts is None else state.cuts[:, : population.tokens.shape[1]]
         nodes = branch_nodes(population, state.problem.prompt.key)
-        weights = branch_log_weights(population, state.problem.sampling, cuts)
+        weights = branch_log_weights(population, state.weights, state.problem.sampling, cuts)
         parent, position, rank = weights.isfinite().nonzero(as_tuple=True)
         node, weight = nodes[parent, position, rank], weights[parent, position, rank].double()
         merged = merge_equal(node, weight.masked_fill(_among(state.visited, node), -torch.inf))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,8 +11,6 @@ from torch import Tensor
 from langchain_aisp.methods.weights import complete_first, importance_weights, temperature_for_ess
 from langchain_aisp.noise import fold
 from langchain_aisp.types import Sampling
-
-_ESS_SHARE = 0.6  # of the population: most weight on the best, several parents in every wave
 
 
 @dataclass(frozen=True)
@@ -49,12 +46,10 @@ class Population:
         """Number of members M."""
         return len(self.rewards)
 
-    @cached_property
-    def weights(self) -> Tensor:
-        """Importance weights [M] of the members, their temperature set by the wanted effective sample size."""
+    def weights(self, share: float) -> Tensor:
+        """Importance weights [M] whose effective sample size is this share of the members, where that can be had."""
         rewards = complete_first(self.rewards, self.complete)
-        target = max(1.0, _ESS_SHARE * len(self))
-        return importance_weights(rewards, temperature_for_ess(rewards, target))
+        return importance_weights(rewards, temperature_for_ess(rewards, max(1.0, share * len(self))))
 
     def take(self, rows: Tensor) -> Population:
         """The members with these indices [r]."""
@@ -92,16 +87,17 @@ class Population:
         """The members without the positions that none of them fills."""
         length = int(self.lengths.max())
         fields = (getattr(self, name) for name in self.__dataclass_fields__)
-        short = Population(*(field[:, :length] if field.dim() > 1 else field for field in fields))
-        vars(short)["weights"] = self.weights  # the same, and found already
-        return short
+        return Population(*(field[:, :length] if field.dim() > 1 else field for field in fields))
 
 
-def branch_log_weights(population: Population, sampling: Sampling, cuts: Tensor | None = None) -> Tensor:
+def branch_log_weights(
+    population: Population, weights: Tensor, sampling: Sampling, cuts: Tensor | None = None
+) -> Tensor:
     """Log-weights [M, L, K] of all branches: parent's weight times the token's share of all branches of the parent.
 
     Args:
         population: The possible parents.
+        weights: [M] of them.
         sampling: How tokens are drawn.
         cuts: [M, L] log-weights of the positions, see ``methods.credit``; None if all are alike.
     """
@@ -113,8 +109,8 @@ def branch_log_weights(population: Population, sampling: Sampling, cuts: Tensor 
     logprobs = logprobs.masked_fill(~possible, -torch.inf)
     share = logprobs - logprobs.flatten(1).logsumexp(dim=1)[:, None, None]
     share = share.masked_fill(~possible, -torch.inf)  # nan where a parent has no branches at all
-    weights = population.weights.log()[:, None, None] + share
-    return weights if cuts is None else weights + cuts[..., None]
+    found = weights.log()[:, None, None] + share
+    return found if cuts is None else found + cuts[..., None]
 
 
 def _allowed(logprobs: Tensor, sampling: Sampling) -> Tensor:

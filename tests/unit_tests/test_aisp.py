@@ -52,6 +52,9 @@ TWO = population(
 )
 
 
+EVEN = torch.tensor([0.5, 0.5])
+
+
 def waves_and_states(method: AISP, seed: int = 0, score=None, sampling: Sampling = SAMPLING):
     """Each wave of a search in whole waves with the state it was proposed from."""
     method = replace(method, overlap=1)
@@ -67,8 +70,8 @@ def waves_and_states(method: AISP, seed: int = 0, score=None, sampling: Sampling
 
 
 def test_a_branch_weighs_its_parents_weight_times_its_share_of_the_parents_branches():
-    weights = branch_log_weights(TWO, SAMPLING).exp()
-    first, second = TWO.weights.tolist()
+    first, second = 0.75, 0.25
+    weights = branch_log_weights(TWO, torch.tensor([first, second]), SAMPLING).exp()
     expected = torch.tensor(
         [
             [[0.0, 0.2, 0.1], [0.3, 0.0, 0.2]],  # without the parent's own tokens 1 and 2
@@ -81,14 +84,14 @@ def test_a_branch_weighs_its_parents_weight_times_its_share_of_the_parents_branc
 
 
 def test_a_colder_sampling_prefers_likely_branches():
-    hot, cold = (branch_log_weights(TWO, Sampling(8, temperature=t)).exp() for t in (1.0, 0.5))
+    hot, cold = (branch_log_weights(TWO, EVEN, Sampling(8, temperature=t)).exp() for t in (1.0, 0.5))
     assert float(cold[0, 0, 1] / cold[0, 0, 2]) == pytest.approx(float(hot[0, 0, 1] / hot[0, 0, 2]) ** 2, rel=1e-4)
 
 
 def test_branches_outside_top_k_or_top_p_are_not_drawn():
-    narrow = branch_log_weights(TWO, Sampling(8, top_k=2))
+    narrow = branch_log_weights(TWO, EVEN, Sampling(8, top_k=2))
     assert float(narrow[0, 0, 2]) == -torch.inf
-    nucleus = branch_log_weights(TWO, Sampling(8, top_p=0.6))
+    nucleus = branch_log_weights(TWO, EVEN, Sampling(8, top_p=0.6))
     assert nucleus[1, 0].isfinite().tolist() == [True, False, False]
 
 
@@ -99,7 +102,17 @@ def test_equal_branches_of_several_parents_are_one():
 
 def test_parents_weights_have_the_wanted_effective_sample_size():
     members = population([4.0, 3.5, 1.0, 0.0, -2.0], [[1, 2]] * 5, [[[0.7, 0.2, 0.1]] * 2] * 5)
-    assert effective_sample_size(members.weights) == pytest.approx(0.6 * 5, rel=0.01)
+    for share in (0.8, 0.4):
+        assert effective_sample_size(members.weights(share)) == pytest.approx(share * 5, rel=0.01)
+
+
+def test_the_search_narrows_as_it_goes_on():
+    spread = [effective_sample_size(state.weights) for _, state, _ in waves_and_states(AISP(samples=96, iterations=6))]
+    distinct = population([4.0, 3.5, 1.0, 0.0, -2.0], [[1, 2]] * 5, [[[0.7, 0.2, 0.1]] * 2] * 5)
+    method = AISP(samples=100)
+    shares = [effective_sample_size(method._weights(distinct, drawn)) / 5 for drawn in (0, 50, 100, 130)]
+    assert shares == pytest.approx([0.8, 0.5, 0.2, 0.2], rel=0.02)
+    assert all(1 <= each <= method.population for each in spread[1:])
 
 
 def test_first_branches_are_drawn_in_proportion_to_their_weights():
@@ -110,14 +123,14 @@ def test_first_branches_are_drawn_in_proportion_to_their_weights():
     """
     method, draws = AISP(samples=64, iterations=2), 2000
     start = method.init(problem(ToyEngine(), SAMPLING))
-    expected = branch_log_weights(TWO, SAMPLING).exp().flatten()
+    expected = branch_log_weights(TWO, EVEN, SAMPLING).exp().flatten()
     expected[1] += expected[7]
     expected[7] = 0
     found = torch.zeros_like(expected)
     for key in range(draws):
         prompt = replace(start.problem.prompt, key=key)
         members = replace(TWO, nodes=path_nodes(TWO.tokens, key))
-        state = replace(start, problem=replace(start.problem, prompt=prompt), waves=1, population=members)
+        state = replace(start, problem=replace(start.problem, prompt=prompt), waves=1, population=members, weights=EVEN)
         parent, position, token = method._draw_branches(state, members, 1)
         found[int(parent) * 6 + int(position) * 3 + int(token) - 1] += 1
     possible = expected > 0

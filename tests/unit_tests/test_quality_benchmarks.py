@@ -343,6 +343,7 @@ SUBCLASSES = (
     ablations.UniformPositions,
     ablations.WithReplacement,
     ablations.ByParent,
+    ablations.SteadyShare,
     ablations.PositionControl,
 )
 
@@ -374,10 +375,10 @@ def test_uniform_cuts_keep_a_parent_and_nothing_else(engine) -> None:
 
 def test_uniform_positions_give_every_position_of_a_parent_the_same_mass(engine) -> None:
     state, *_ = after_one_wave(engine, AISP(**SIZE))
-    mass = branch_log_weights(ablations.level(state.population), SAMPLING).exp().sum(dim=-1)
-    for row, length, weight in zip(mass, state.population.lengths, state.population.weights, strict=True):
+    mass = branch_log_weights(ablations.level(state.population), state.weights, SAMPLING).exp().sum(dim=-1)
+    for row, length, weight in zip(mass, state.population.lengths, state.weights, strict=True):
         assert row[:length].tolist() == pytest.approx([float(weight / length)] * int(length), rel=1e-4)
-    plain = branch_log_weights(state.population, SAMPLING).exp().sum(dim=-1)
+    plain = branch_log_weights(state.population, state.weights, SAMPLING).exp().sum(dim=-1)
     assert float(plain.std()) > float(mass.std())
 
 
@@ -386,7 +387,7 @@ def test_with_replacement_a_branch_may_come_twice_and_again(engine) -> None:
     state, *_ = after_one_wave(engine, AISP(**SIZE))
     only = state.population.take(torch.tensor([0]))
     few = replace(only, alternatives=only.alternatives[..., :2], logprobs=only.logprobs[..., :2])
-    narrow = replace(state, population=few)
+    narrow = replace(state, population=few, weights=torch.ones(1))
     branches = {
         kind: [tuple(row[:cut].tolist()) for row, cut in zip(wave.prefix, wave.cut, strict=True) if cut > 0]
         for kind in (AISP, ablations.WithReplacement)
@@ -400,11 +401,14 @@ def test_with_replacement_a_branch_may_come_twice_and_again(engine) -> None:
 def test_parents_get_their_shares_by_the_rule(engine) -> None:
     state, *_ = after_one_wave(engine, AISP(**SIZE))
     rule = partial(ablations.ByParent, **SIZE)
-    weights = state.population.weights
-    assert torch.equal(rule().weights(state.population), weights)
-    assert rule(reward_temperature=ablations.ALIKE).weights(state.population).tolist() == pytest.approx([1 / 3] * 3)
-    assert rule(reward_temperature=1e-3).weights(state.population).tolist() == pytest.approx([1, 0, 0])
-    greedy = rule(reward_temperature=1e-3).propose(state)
+    found = {
+        temperature: rule(reward_temperature=temperature)._weights(state.population, state.drawn)
+        for temperature in (None, ablations.ALIKE, 1e-3)
+    }
+    assert torch.equal(found[None], state.weights)
+    assert found[ablations.ALIKE].tolist() == pytest.approx([1 / 3] * 3)
+    assert found[1e-3].tolist() == pytest.approx([1, 0, 0])
+    greedy = rule().propose(replace(state, weights=found[1e-3]))
     kept = [
         (state.population.tokens[0, : cut - 1] == row[: cut - 1]).all()
         for row, cut in zip(greedy.prefix, greedy.cut, strict=True)
