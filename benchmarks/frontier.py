@@ -1,7 +1,8 @@
 """Reward against distance from the model: searches on KL budgets and floors of likelihood, beside Best-of-N.
 
 Why: any reward rises when answers may be anything. What counts is how much of it a method gets for its distance from
-the model, and Best-of-N is hard to beat there. Two distances are drawn, since no single one fits all methods:
+the model, and whether a gold reward that none of them sees rises with it; where gold turns, the rest of the way is the
+reward's mistakes. Two distances are drawn, since no single one fits all methods:
 
 - *KL divergence.* Best-of-N: at most ln n - (n - 1)/n nats. Steered samples: what the answer was steered by, measured
   at each of its tokens (``Budget.kl_budget``), and on top the same bound for being the best of all samples. A control
@@ -22,13 +23,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.common import mean_with_interval, save
-from langchain_aisp import AISP, BestOfN, Budget, ClassifierReward, align
-from langchain_aisp.align import Candidate
-from langchain_aisp.demo import REWARD_MODEL_PATH, scenarios
-from langchain_aisp.engine import TransformersEngine
+from benchmarks.pairs import PAIRS, Opened, add_sources, open_pair, sources_of
+from langchain_aisp import AISP, BestOfN, Budget, align
+from langchain_aisp.align import Candidate, Settings
 from langchain_aisp.evaluation.metrics import best_of_n_kl
 from langchain_aisp.methods import MISVO, PublishedAISP
-from langchain_aisp.types import Chat, Engine, Method, Reward, Sampling
+from langchain_aisp.types import Method, Sampling
 
 WAVE = 32
 KL_BUDGETS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, math.inf)
@@ -73,7 +73,8 @@ def arms(samples: int) -> list[Arm]:
             for name, method in steered.items()
             for nats in KL_BUDGETS
         ),
-        *(Arm("aisp", least, AISP(samples=samples, iterations=waves), _limits(least=least), None) for least in FLOORS),
+        *(Arm("aisp, floors", least, AISP(samples=samples), _limits(least=least), None) for least in FLOORS),
+        *(Arm("aisp, samples", n, AISP(samples=n), _limits(), None) for n in sizes),
     ]
 
 
@@ -82,26 +83,31 @@ def _limits(nats: float | None = None, least: float = -math.inf) -> Budget:
     return Budget(kl_budget=nats, min_base_logprob=least)
 
 
-def measure(
-    engine: Engine, reward: Reward, chats: Sequence[Chat], points: Sequence[Arm], max_tokens: int
-) -> list[dict[str, Any]]:
-    """Each arm's answers to all conversations as numbers; the first arm must be a single plain sample."""
-    answers = {number: _answers(engine, reward, chats, arm, max_tokens) for number, arm in enumerate(points)}
+def measure(opened: Opened, points: Sequence[Arm], max_tokens: int) -> list[dict[str, Any]]:
+    """Each arm's answers to all prompts as numbers; the first arm must be a single plain sample."""
+    answers = {number: _answers(opened, arm, max_tokens) for number, arm in enumerate(points)}
     plain = [_surprise(candidate) for candidate in answers[0]]
-    return [_point(arm, answers[number], plain) for number, arm in enumerate(points)]
+    return [_point(arm, answers[number], _golds(opened, answers[number]), plain) for number, arm in enumerate(points)]
 
 
-def _answers(engine: Engine, reward: Reward, chats: Sequence[Chat], arm: Arm, max_tokens: int) -> list[Candidate]:
+def _answers(opened: Opened, arm: Arm, max_tokens: int) -> list[Candidate]:
     sampling, found = Sampling(max_tokens=max_tokens), list[Candidate]()
-    for seed, chat in enumerate(chats):
-        found.append(align(engine, reward, arm.method, chat, sampling=sampling, seed=seed, budget=arm.budget).best)
-        print(f"\r{arm.family} at {arm.setting:g}: {len(found)} of {len(chats)}   ", end="", flush=True)
+    for seed, prompt in enumerate(opened.prompts):
+        settings: Settings = {"sampling": sampling, "seed": seed, "budget": arm.budget}
+        found.append(align(opened.engine, opened.reward, arm.method, prompt.messages, **settings).best)
+        print(f"\r{arm.family} at {arm.setting:g}: {len(found)} of {len(opened.prompts)}   ", end="", flush=True)
     print()
     return found
 
 
-def _point(arm: Arm, answers: Sequence[Candidate], plain: Sequence[float]) -> dict[str, Any]:
-    """Means over the conversations; infinite settings as texts, which JSON can hold."""
+def _golds(opened: Opened, answers: Sequence[Candidate]) -> list[float]:
+    said = [(prompt.messages, answer.response) for prompt, answer in zip(opened.prompts, answers, strict=True)]
+    golds: list[float] = opened.gold.submit(said).future.result().tolist()
+    return golds
+
+
+def _point(arm: Arm, answers: Sequence[Candidate], golds: Sequence[float], plain: Sequence[float]) -> dict[str, Any]:
+    """Means over the prompts; infinite settings as texts, which JSON can hold."""
     steered = [candidate.kl or 0.0 for candidate in answers]
     surprise = [_surprise(candidate) - one for candidate, one in zip(answers, plain, strict=True)]
     kl = None if arm.selection is None else sum(steered) / len(steered) + arm.selection
@@ -109,6 +115,7 @@ def _point(arm: Arm, answers: Sequence[Candidate], plain: Sequence[float]) -> di
         "family": arm.family,
         "setting": arm.setting if math.isfinite(arm.setting) else str(arm.setting),
         "reward": mean_with_interval([candidate.reward for candidate in answers]),
+        "gold": mean_with_interval(golds),
         "steered": mean_with_interval(steered),
         "most_steered": max(steered),
         "kl": kl,
@@ -124,33 +131,29 @@ def _surprise(candidate: Candidate) -> float:
 
 def show(points: Sequence[Mapping[str, Any]]) -> None:
     """The points as a table for people."""
-    print(f"{'family':20} {'setting':>8} {'reward':>8} {'KL':>7} {'steered':>8} {'surprise':>9}")
+    print(f"{'family':20} {'setting':>8} {'reward':>8} {'gold':>7} {'KL':>7} {'steered':>8} {'surprise':>9}")
     for point in points:
         kl = "–" if point["kl"] is None else f"{point['kl']:.2f}"
         print(
-            f"{point['family']:20} {point['setting']:>8} {point['reward']['mean']:8.3f} {kl:>7} "
+            f"{point['family']:20} {point['setting']:>8} {point['reward']['mean']:8.3f} "
+            f"{point['gold']['mean']:7.3f} {kl:>7} "
             f"{point['steered']['mean']:8.2f} {point['surprise']['mean']:9.2f}"
         )
-
-
-def demo_pair() -> tuple[Engine, Reward]:
-    """The demo's model and its reward."""
-    return TransformersEngine.shared("demo"), ClassifierReward.from_pretrained(str(REWARD_MODEL_PATH))
 
 
 def main() -> None:
     """Measure all points and save the numbers; `benchmarks.plots` draws them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", choices=PAIRS, default="demo")
+    add_sources(parser)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--prompts", type=int, default=20)
-    parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--split", choices=("dev", "test"), default="test")
+    parser.add_argument("--split", choices=("dev", "test"), default="dev")
     args = parser.parse_args()
-    engine, reward = demo_pair()
-    chats = [scenario.messages for scenario in scenarios(args.split, args.prompts, seed=3)]
-    points = measure(engine, reward, chats, arms(args.samples), args.max_tokens)
+    opened = open_pair(args.pair, sources_of(args), args.split, args.prompts)
+    points = measure(opened, arms(args.samples), PAIRS[args.pair].max_tokens)
     show(points)
-    settings = {name: getattr(args, name) for name in ("samples", "prompts", "max_tokens", "split")}
+    settings = {name: getattr(args, name) for name in ("pair", "samples", "prompts", "split")}
     save("frontier", {**settings, "points": points})
 
 

@@ -78,18 +78,20 @@ _ROWS = "samples, all at once"
 
 
 def frontier(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Reward over both distances from the model."""
-    for name, title, label, distance in (
-        ("frontier_kl", "Reward over KL divergence", "nats, steering and selection", "kl"),
-        ("frontier_surprise", "Reward over surprise", "nats less likely than a plain sample", "surprise"),
+    """Reward over both distances from the model, and gold over one of them."""
+    surprise = "nats less likely than a plain sample"
+    for name, what, label, distance in (
+        ("frontier_kl", "reward", "nats, steering and selection", "kl"),
+        ("frontier_surprise", "reward", surprise, "surprise"),
+        ("frontier_gold", "gold", surprise, "surprise"),
     ):
         lines: dict[str, list[tuple[float, float]]] = {}
         for point in found["points"]:
             if (far := point[distance]) is not None:
                 place = far["mean"] if isinstance(far, Mapping) else far
-                lines.setdefault(point["family"], []).append((place, point["reward"]["mean"]))
+                lines.setdefault(point["family"], []).append((place, point[what]["mean"]))
         ordered = {family: sorted(points) for family, points in lines.items()}
-        yield name, picture(title, label, "reward", ordered, log_x=False)
+        yield name, picture(f"{what.capitalize()} over distance from the model", label, what, ordered, log_x=False)
 
 
 DRAWINGS: Mapping[str, Drawing] = {"concurrency": concurrency, "scaling": scaling, "frontier": frontier}

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +17,13 @@ from langchain_core.messages import HumanMessage
 from torch import Tensor
 
 from benchmarks import common, frontier, plots
+from benchmarks.pairs import PAIRS, Opened
 from langchain_aisp import AISP, AISPChatModel, BestOfN, Budget, aalign, align
 from langchain_aisp.align import Aligned, Candidate, Iteration, first_rows, iterate
 from langchain_aisp.engine import TransformersEngine
 from langchain_aisp.engine.deviation import within
 from langchain_aisp.engine.graphs import StepGraphs
+from langchain_aisp.evaluation.datasets import PromptRecord
 from langchain_aisp.methods import ARGS, MISVO, Greedy, PublishedAISP, QAlign, REControl, ValueNetwork
 from langchain_aisp.methods.aisp import SharedSteering
 from langchain_aisp.methods.published import GaussianSteering
@@ -657,13 +658,16 @@ def test_the_frontier_has_a_point_per_budget_and_is_drawn(engine, monkeypatch, t
     monkeypatch.setattr(frontier, "WAVE", 2)
     monkeypatch.setattr(frontier, "KL_BUDGETS", (0.1, math.inf))
     monkeypatch.setattr(frontier, "FLOORS", (-12.0, -math.inf))
-    monkeypatch.setattr(frontier, "demo_pair", lambda: (engine, as_reward(letters_a_to_m)))
-    monkeypatch.setattr(frontier, "scenarios", lambda *_, **__: [SimpleNamespace(messages=CHAT)] * 2)
-    monkeypatch.setattr("sys.argv", [str(frontier.__file__), "--samples", "4", "--prompts", "2", "--max-tokens", "5"])
+    gold = as_reward(lambda chat, responses: [float(len(text)) for text in responses])
+    opened = Opened("toy", engine, as_reward(letters_a_to_m), gold, (PromptRecord("0", CHAT), PromptRecord("1", CHAT)))
+    monkeypatch.setattr(frontier, "open_pair", lambda *_: opened)
+    monkeypatch.setitem(PAIRS, "demo", replace(PAIRS["demo"], max_tokens=5))
+    monkeypatch.setattr("sys.argv", [str(frontier.__file__), "--samples", "4", "--prompts", "2"])
     frontier.main()
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     points = {(point["family"], point["setting"]): point for point in found["points"]}
-    assert len(points) == 3 + 3 * 2 + 2
+    assert len(points) == 3 + 3 * 2 + 2 + 3
+    assert all(point["gold"]["mean"] >= 1 for point in points.values())
     plain = points["best of n", 1]
     assert (plain["kl"], plain["surprise"]["mean"]) == (0.0, 0.0)
     assert points["best of n", 4]["kl"] == pytest.approx(math.log(4) - 3 / 4)
@@ -673,7 +677,7 @@ def test_the_frontier_has_a_point_per_budget_and_is_drawn(engine, monkeypatch, t
             points[family, 0.1]["steered"]["mean"] + points["best of n", 4]["kl"]
         )
     assert points["published, sampled", "inf"]["most_steered"] > 0.1
-    assert points["aisp", -12.0]["kl"] is None
-    assert points["aisp", -12.0]["least_logprob"] >= points["aisp", "-inf"]["least_logprob"]
+    assert points["aisp, floors", -12.0]["kl"] is None
+    assert points["aisp, floors", -12.0]["least_logprob"] >= points["aisp, floors", "-inf"]["least_logprob"]
     pictures = plots.draw(tmp_path)
-    assert [text.count("<polyline") for text in pictures.values()] == [3, 5]  # of KL divergence nobody knows two lines
+    assert [text.count("<polyline") for text in pictures.values()] == [3, 6, 6]  # of KL divergence nobody knows half
