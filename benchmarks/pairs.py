@@ -265,10 +265,10 @@ def replies_of(prompts: Prompts) -> Callable[[Chat], str]:
 
 
 def similarity(sources: Sources, prompts: Prompts) -> Reward:
-    """Closeness to a person's reply by latent semantics, −10 to 10."""
+    """Closeness to a person's reply by latent semantics, −10 to 10; of an unfinished text, too."""
     name = "latent semantics"
     reward = EmbeddingReward(latent_semantics(sources), replies_of(prompts), name=name, fingerprint=name)
-    return WeightedSum([(reward, TENTHS)])
+    return as_reward(WeightedSum([(reward, TENTHS)]), partial=True)
 
 
 def overlap(sources: Sources, prompts: Prompts) -> Reward:

@@ -395,12 +395,12 @@ def search(
 
 
 def _credited(state: StateT, chat: Chat, known: dict[Hashable, float]) -> Generator[Wish, Answer, StateT]:
-    """The state with the rewards of the beginnings that it asks for, if it does so."""
-    if not isinstance(state, Crediting) or (wave := state.beginnings) is None:
-        return state
-    rollouts = cast(Rollouts, (yield Check(wave)))
-    rewards = yield from _rewards(chat, rollouts.responses, known)
-    return cast(StateT, state.credited(rewards))
+    """The state with the rewards of the beginnings that it asks for, as long as it does so."""
+    while isinstance(state, Crediting) and (wave := state.beginnings) is not None:
+        rollouts = cast(Rollouts, (yield Check(wave)))
+        rewards = yield from _rewards(chat, rollouts.responses, known)
+        state = cast(StateT, state.credited(rewards))
+    return state
 
 
 def _order(state: object) -> Callable[[Candidate], tuple[bool, tuple[bool, float, int, int]]]:

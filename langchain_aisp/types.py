@@ -493,7 +493,7 @@ class Flowing(Protocol):
 class Crediting(Protocol):
     """A state that learns where its responses lose, once it is told what their beginnings earn.
 
-    It is told so before each wave when the reward understands unfinished texts (``partial``).
+    It is told so before each wave when the reward understands unfinished texts (``partial``), as often as it asks.
     """
 
     @property

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from langchain_aisp.methods.branching import (
     path_nodes,
 )
 from langchain_aisp.methods.credit import beginnings, cut_log_weights, rewards_to_go
+from langchain_aisp.methods.lookahead import Branches, best_looking, gains, looks
 from langchain_aisp.methods.published import PublishedAISP
 from langchain_aisp.methods.weights import effective_sample_size
 from langchain_aisp.noise import fold, gumbel, wave_keys
@@ -36,6 +38,7 @@ from langchain_aisp.types import Info, Observable, Problem, Rollouts, Sampling, 
 _ROWS = 32  # of an iteration, at most: more of them would decode before anything is learnt from them
 _FEWEST = 8  # iterations, where there are so many samples: a search that adapts too rarely is Best-of-N
 _ESS = (0.8, 0.2)  # of the population, at the beginning and at the end: many parents first, then the best alone
+_LOOKED = 1  # tells the noise of this choice from that of the draw
 _FISHER_FLOOR = 0.01  # of the mean eigenvalue: directions that no sample has shown are not trusted
 
 
@@ -149,7 +152,10 @@ class AISPState:
         weights: [M] importance weights of the population.
         visited: [S] int64, nodes (see ``Population``) that a response has gone through, sorted.
         evidence: What is known about a shared control.
+        next_rows: New rows of the next wave.
+        looked_at: Branches whose beginnings are scored before these rows are chosen; 0 for none.
         cuts: [M, L] log-weights of the positions at which parents are cut; None without credit, see ``credited``.
+        branches: What the next rows begin with, once it has been chosen by ``credited``.
     """
 
     problem: Problem
@@ -162,7 +168,10 @@ class AISPState:
     weights: Tensor
     visited: Tensor
     evidence: Evidence
+    next_rows: int = 0
+    looked_at: int = 0
     cuts: Tensor | None = None
+    branches: Branches | None = None
 
     @property
     def flying(self) -> int:
@@ -176,19 +185,46 @@ class AISPState:
 
     @property
     def beginnings(self) -> Wave | None:
-        """The parents' beginnings, of which ``credited`` wants the rewards; nothing is decoded. None if there are none.
+        """Unfinished texts of which ``credited`` wants the rewards; nothing is decoded. None if there are none.
 
-        Asked for when the reward understands unfinished texts.
+        Asked for when the reward understands such texts: those of the parents first, then those of branches.
         """
-        if self.population is None:
+        if self.population is None or self.branches is not None:
             return None
-        wave = beginnings(self.population, self.problem)
-        return wave if len(wave) else None
+        if self.cuts is None:
+            wave = beginnings(self.population, self.problem)
+            return wave if len(wave) else None
+        return looks(self.population, self._candidates, self.problem) if len(self._candidates) else None
 
     def credited(self, rewards: Tensor) -> AISPState:
-        """With credit per position, from the rewards [B] of the beginnings."""
+        """With credit per position, or then with branches chosen, from the rewards [B] of the beginnings."""
         assert self.population is not None, "without parents there are no beginnings to have been scored"
-        return replace(self, cuts=cut_log_weights(self.population, rewards_to_go(self.population, rewards)))
+        if self.cuts is None:
+            return replace(self, cuts=cut_log_weights(self.population, rewards_to_go(self.population, rewards)))
+        keys = fold(fold(fold(self.problem.prompt.key, self.waves), _LOOKED), self._candidates.nodes)
+        gained = gains(self.population, self._candidates, rewards)
+        return replace(self, branches=best_looking(self._candidates, gained, keys, self.next_rows))
+
+    @cached_property
+    def _candidates(self) -> Branches:
+        """Branches to be looked at."""
+        return draw_branches(self, self.looked_at)
+
+
+def draw_branches(state: AISPState, count: int) -> Branches:
+    """At most so many branches of the state's parents that no response has gone through."""
+    assert state.population is not None, "without parents there are no branches"
+    population, key = state.population.shortened(), state.problem.prompt.key
+    cuts = None if state.cuts is None else state.cuts[:, : population.tokens.shape[1]]
+    weights = branch_log_weights(population, state.weights, state.problem.sampling, cuts)
+    parent, position, rank = weights.isfinite().nonzero(as_tuple=True)
+    node = branch_nodes(population, key)[parent, position, rank]
+    weight = weights[parent, position, rank].double().masked_fill(_among(state.visited, node), -torch.inf)
+    merged = merge_equal(node, weight)
+    noise = gumbel(fold(fold(key, state.waves), node))
+    chosen = (merged + noise).topk(min(count, int(merged.isfinite().sum()))).indices
+    parent, position, rank = parent[chosen], position[chosen], rank[chosen]
+    return Branches(parent, position, population.alternatives[parent, position, rank], node[chosen])
 
 
 @dataclass(frozen=True)
@@ -197,7 +233,8 @@ class AISP:
 
     The first wave is plain samples, the same as those of ``BestOfN`` with the same seed, so the answer is never worse
     than Best-of-n of that wave. With a reward that understands unfinished texts, each position of a parent is credited
-    with what follows it, and parents are cut where they lose, see ``methods.credit``.
+    with what follows it, and parents are cut where they lose, see ``methods.credit``; and branches are chosen by what
+    their first token gains, see ``methods.lookahead``.
 
     Attributes:
         samples: Responses in all, as in ``BestOfN``: equal numbers are equal cost.
@@ -210,6 +247,9 @@ class AISP:
             take the places of those that have ended. 1 decodes whole waves, as do rewards that understand unfinished
             texts or wait for somebody else, and controls: these are asked for once per wave.
         refill: Share of the rows at once that have to end before others take their places.
+        lookahead: With a reward that understands unfinished texts, how many branches are looked at for each that is
+            decoded: their beginnings are scored up to the branching token, and what gains by it is decoded. 0 looks at
+            none.
     """
 
     samples: int = 256
@@ -219,6 +259,7 @@ class AISP:
     control_kl: float = 0.0
     overlap: int = 2
     refill: float = 0.5
+    lookahead: int = 8
 
     def __post_init__(self) -> None:
         """Reject settings that leave nothing to search."""
@@ -234,6 +275,7 @@ class AISP:
         require(self.control_kl >= 0, f"control_kl must not be negative, got {self.control_kl}; 0 uses no control")
         require(self.overlap >= 1, f"overlap must be at least 1, got {self.overlap}; 1 decodes whole waves")
         require(0 <= self.refill <= 1, f"refill must be between 0 and 1, got {self.refill}")
+        require(self.lookahead >= 0, f"lookahead must not be negative, got {self.lookahead}; 0 looks at no branches")
 
     @staticmethod
     def published(**settings: Any) -> PublishedAISP:
@@ -274,13 +316,13 @@ class AISP:
         keys = wave_keys(problem.prompt.key, state.waves, torch.arange(count), length)
         prefix, cut = torch.zeros_like(keys), torch.zeros(count, dtype=torch.int64)
         if state.population is not None and count > 0:
-            parent, position, token = self._draw_branches(state, state.population, count)
-            before = torch.arange(length) < position[:, None]
-            found = len(parent)  # fewer than asked when the tree is nearly exhausted; plain samples fill up
-            keys[:found] = torch.where(before, state.population.keys[parent], keys[:found])
-            prefix[:found] = torch.where(before, state.population.tokens[parent], 0)
-            prefix[torch.arange(found), position] = token
-            cut[:found] = position + 1
+            branches = draw_branches(state, count) if state.branches is None else state.branches.take(slice(count))
+            before = torch.arange(length) < branches.positions[:, None]
+            found = len(branches)  # fewer than asked when the tree is nearly exhausted; plain samples fill up
+            keys[:found] = torch.where(before, state.population.keys[branches.parents], keys[:found])
+            prefix[:found] = torch.where(before, state.population.tokens[branches.parents], 0)
+            prefix[torch.arange(found), branches.positions] = branches.tokens
+            cut[:found] = branches.positions + 1
         observe: set[Observable] = {"alternatives" if problem.allowed is None else "unchecked_alternatives"}
         sampling = problem.sampling if state.population is None else self._cooled(problem.sampling)
         wave = Wave(
@@ -325,9 +367,12 @@ class AISP:
             population=population,
             weights=weights,
             cuts=None,
+            branches=None,
             visited=torch.cat([state.visited, rows.nodes[entered]]).unique(),
             evidence=evidence,
         )
+        count = self.wave_size(after)
+        after = replace(after, next_rows=count, looked_at=count * self.lookahead)
         return after, {"ess": effective_sample_size(weights), "control_kl": self.control_kl}
 
     def _enough(self, state: AISPState, count: int) -> int | None:
@@ -370,20 +415,6 @@ class AISP:
         if self.control_kl == 0 or state.population is None:
             return None
         return SharedSteering(state.evidence.control(self.control_kl))
-
-    def _draw_branches(self, state: AISPState, population: Population, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Parents [n], positions [n] and tokens [n] of the n ≤ count branches drawn."""
-        population = population.shortened()
-        cuts = None if state.cuts is None else state.cuts[:, : population.tokens.shape[1]]
-        nodes = branch_nodes(population, state.problem.prompt.key)
-        weights = branch_log_weights(population, state.weights, state.problem.sampling, cuts)
-        parent, position, rank = weights.isfinite().nonzero(as_tuple=True)
-        node, weight = nodes[parent, position, rank], weights[parent, position, rank].double()
-        merged = merge_equal(node, weight.masked_fill(_among(state.visited, node), -torch.inf))
-        keys = fold(fold(state.problem.prompt.key, state.waves), node)
-        chosen = (merged + gumbel(keys)).topk(min(count, int(merged.isfinite().sum()))).indices
-        parent, position, rank = parent[chosen], position[chosen], rank[chosen]
-        return parent, position, population.alternatives[parent, position, rank]
 
     def _rows(self, state: AISPState, wave: Wave, rollouts: Rollouts) -> Population:
         """The wave's rows as members; what was kept is known from before, since it depends on tokens only."""

@@ -42,8 +42,12 @@ def checkpoints(lengths: Tensor) -> tuple[Tensor, Tensor]:
 def beginnings(population: Population, problem: Problem) -> Wave:
     """The members' beginnings as a wave in which nothing is decoded; no rows if all members are too short."""
     member, kept = checkpoints(population.lengths)
-    positions = torch.arange(population.tokens.shape[1])
-    prefix = population.tokens[member].masked_fill(positions >= kept[:, None], -1)
+    return spelled(population.tokens[member], kept, problem)
+
+
+def spelled(tokens: Tensor, kept: Tensor, problem: Problem) -> Wave:
+    """Texts of tokens [B, L], of which ``kept`` [B] count, as a wave in which nothing is decoded."""
+    prefix = tokens.masked_fill(torch.arange(tokens.shape[1]) >= kept[:, None], -1)
     sampling = replace(problem.sampling, grammar=None)  # nothing is drawn
     return Wave(problem.prompt, prefix, kept, torch.zeros_like(prefix), sampling, forced=True)
 

@@ -15,6 +15,7 @@ from langchain_aisp.methods.aisp import (
     Population,
     branch_log_weights,
     branch_nodes,
+    draw_branches,
     merge_equal,
     path_nodes,
 )
@@ -131,8 +132,8 @@ def test_first_branches_are_drawn_in_proportion_to_their_weights():
         prompt = replace(start.problem.prompt, key=key)
         members = replace(TWO, nodes=path_nodes(TWO.tokens, key))
         state = replace(start, problem=replace(start.problem, prompt=prompt), waves=1, population=members, weights=EVEN)
-        parent, position, token = method._draw_branches(state, members, 1)
-        found[int(parent) * 6 + int(position) * 3 + int(token) - 1] += 1
+        drawn = draw_branches(state, 1)
+        found[int(drawn.parents) * 6 + int(drawn.positions) * 3 + int(drawn.tokens) - 1] += 1
     possible = expected > 0
     assert found[~possible].sum() == 0
     deviation = (found - draws * expected)[possible].square() / (draws * expected[possible])

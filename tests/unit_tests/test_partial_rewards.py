@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from langchain_aisp.methods import AISP
+from langchain_aisp.methods.aisp import draw_branches
 from langchain_aisp.methods.branching import Population, branch_log_weights, path_nodes
 from langchain_aisp.methods.credit import beginnings, checkpoints, cut_log_weights, rewards_to_go
 from langchain_aisp.rewards import RewardError, WeightedSum, as_reward
@@ -246,8 +247,8 @@ def test_with_credit_a_bad_spot_is_mended_after_fewer_samples():
         prompt = replace(state.problem.prompt, key=key)
         there = replace(members, nodes=path_nodes(members.tokens, key))
         drawn = replace(state, problem=replace(state.problem, prompt=prompt), population=there)
-        parent, position, token = method._draw_branches(drawn, there, 120)
-        mended = (parent == 0) & (position == 6) & (token == GOOD)
+        branches = draw_branches(drawn, 120)
+        mended = (branches.parents == 0) & (branches.positions == 6) & (branches.tokens == GOOD)
         return int(mended.nonzero()[0])
 
     without = mean(rank(start, key) for key in range(60))
@@ -264,8 +265,7 @@ def progress(method: AISP, seed: int, *, credit: bool) -> list[float]:
     state = method.init(problem(engine, Sampling(max_tokens=10, min_tokens=10), seed))
     best: list[float] = []
     for _ in range(method.iterations):
-        wave = state.beginnings if credit else None
-        if wave is not None:
+        while credit and (wave := state.beginnings) is not None:
             texts = engine.decode(wave).responses
             state = state.credited(torch.tensor([score(response) for response in texts]))
         wave = method.propose(state)
