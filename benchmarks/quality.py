@@ -60,6 +60,7 @@ def grids(pair: Pair, samples: int) -> Grids:
     published = f"published:samples_per_iteration={wave}"
     best_of = f"recontrol:best_of={samples},steps=10"
     return {
+        "greedy": ["greedy"],
         YARDSTICK: [*(f"{plain},{each}" for each in at), *(f"{plain},{each},top_p=0.9" for each in at[-2:])],
         OURS: [f"aisp:{each}" for each in at],
         "aisp at temperature 1": ["aisp"],
