@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any, TypeAlias
 
 from benchmarks.common import RESULTS
+from benchmarks.pairs import PAIRS
 from langchain_aisp.evaluation.plot import HEIGHT, WIDTH, Series, line_plot
 
 FOLDER = Path(__file__).parents[1] / "docs" / "plots"
@@ -94,7 +95,26 @@ def frontier(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield name, picture(f"{what.capitalize()} over distance from the model", label, what, ordered, log_x=False)
 
 
-DRAWINGS: Mapping[str, Drawing] = {"concurrency": concurrency, "scaling": scaling, "frontier": frontier}
+def quality(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Reward and gold reward of the best answer so far, as the search goes on."""
+    for what, key in (("reward", "best"), ("gold reward", "gold")):
+        lines = {
+            name: [(point["samples"], point[key]) for point in found["arms"][name]["curve"]]
+            for name in _SEARCHES
+            if len(found["arms"].get(name, {}).get("curve", [])) > 1
+        }
+        title = f"{what.capitalize()} of the best answer, {found['pair']}"
+        yield f"quality_{found['pair']}_{key}", picture(title, "samples", what, lines)
+
+
+_SEARCHES = ("best_of_n", "aisp", "aisp at temperature 1", "published", "qalign", "misvo")
+
+DRAWINGS: Mapping[str, Drawing] = {
+    "concurrency": concurrency,
+    "scaling": scaling,
+    "frontier": frontier,
+    **{f"quality-{pair}": quality for pair in PAIRS},
+}
 
 
 def draw(results: Path = RESULTS) -> dict[str, str]:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import ablations, common, pairs, preferences, quality
+from benchmarks import ablations, common, pairs, plots, preferences, quality
 from benchmarks.pairs import PAIRS, LatentSemantics, Pair, Sources
 from langchain_aisp.align import align
 from langchain_aisp.demo import LANGUAGE_MODEL_PATH
@@ -276,6 +276,9 @@ def test_the_command_chooses_once_and_saves_what_the_test_prompts_show(
     for measure in ("reward", "gold"):
         assert sum(row["by_prompt"][measure]) / 2 == pytest.approx(row[measure]["mean"], abs=1e-4)
     assert set(row["aisp_ahead"]) == {"reward", "gold"}
+    pictures = dict(plots.quality(saved))
+    assert set(pictures) == {"quality_toy_best", "quality_toy_gold"}
+    assert all(text.count("<polyline") == 1 for text in pictures.values())  # of AISP; the others have one iteration
     assert row["aisp_ahead"]["reward"]["pairs"] == 2
     assert {"reward", "gold", "base_logprob", "sampled_tokens", "seconds", "reward_seconds"} <= set(row)
 
