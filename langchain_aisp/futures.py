@@ -57,8 +57,8 @@ def gather(futures: Sequence[Future[T]], combine: Callable[[list[T]], R]) -> Tic
             if last:
                 settle(joined, lambda: combine([each.result() for each in futures]))
 
-    # On the future, not on the ticket: an awaiting caller that is cancelled reaches the future only. The last ones first:
-    # what waits for its turn must not get that of an earlier one that is cancelled.
+    # On the future, not on the ticket: an awaiting caller that is cancelled reaches the future only. The last ones
+    # first: what waits for its turn must not get that of an earlier one that is cancelled.
     joined.add_done_callback(lambda _: [each.cancel() for each in reversed(futures)])
     for future in futures:
         future.add_done_callback(arrived)
