@@ -423,17 +423,21 @@ class AISP:
         logprobs = rollouts.observed["alternative_logprobs"]
         scores = rollouts.observed.get("scores", logprobs[..., :0])
         if state.population is not None:
-            new = slice(state.flying, None)
+            old, new = slice(state.flying), slice(state.flying, None)
             source = parents_of(state.population, nodes[new], wave.cut[new])
             before = (torch.arange(nodes.shape[1]) < wave.cut[:, None])[..., None]
 
-            def known(name: str) -> Tensor:
-                inherited: Tensor = getattr(state.population, name)[source]
-                return inherited if state.flight is None else torch.cat([getattr(state.flight.rows, name), inherited])
+            def completed(name: str, seen: Tensor) -> Tensor:
+                """What was seen, and before that what is known of rows in flight and of parents."""
+                found = torch.empty_like(seen)
+                if state.flight is not None:
+                    torch.where(before[old], getattr(state.flight.rows, name), seen[old], out=found[old])
+                torch.where(before[new], getattr(state.population, name)[source], seen[new], out=found[new])
+                return found
 
-            alternatives = torch.where(before, known("alternatives"), alternatives)
-            logprobs = torch.where(before, known("logprobs"), logprobs)
-            scores = torch.where(before, known("scores"), scores)
+            alternatives = completed("alternatives", alternatives)
+            logprobs = completed("logprobs", logprobs)
+            scores = completed("scores", scores)
             branched = wave.cut > 0  # no score is known of the branching token, and it was chosen rather than drawn
             scores[branched, wave.cut[branched] - 1] = 0
         unknown = torch.zeros(len(wave))
