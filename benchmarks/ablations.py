@@ -74,7 +74,7 @@ class UniformPositions(AISP):
         """The default's wave from a population whose positions all have the same mass of branches."""
         if state.population is None:
             return super().propose(state)
-        return super().propose(replace(state, population=level(state.population), cuts=None))
+        return super().propose(replace(state, population=level(state.population), cuts=None, branches=None))
 
 
 def level(population: Population) -> Population:
@@ -91,7 +91,7 @@ class WithReplacement(AISP):
         """As many waves of one branch as the default's wave has rows, side by side."""
         if state.population is None:
             return super().propose(state)
-        one, forgetful = sized(self, 1), replace(state, visited=state.visited[:0])
+        one, forgetful = sized(self, 1), replace(state, visited=state.visited[:0], branches=None)
         first = -(state.waves * self.samples)  # below all iterations, so that no noise is used twice
         numbers = range(first, first - self.wave_size(state), -1)
         return side_by_side([one.propose(replace(forgetful, waves=number)) for number in numbers])
@@ -241,7 +241,8 @@ class PositionControl(AISP):
 def only(state: AISPState, population: Population, row: int) -> AISPState:
     """The state as if one of the members were the only one."""
     cuts = None if state.cuts is None else state.cuts[row : row + 1]
-    return replace(state, population=population.take(torch.tensor([row])), weights=torch.ones(1), cuts=cuts)
+    alone = population.take(torch.tensor([row]))
+    return replace(state, population=alone, weights=torch.ones(1), cuts=cuts, branches=None)
 
 
 def draw_parents(weights: Tensor, keys: Tensor) -> Tensor:
@@ -279,6 +280,7 @@ def arms(samples: int, sampling: Sampling) -> list[Arm]:
     methods: dict[str, Method[Any]] = {
         DEFAULT: AISP(**size),
         "overlap: as in the default": AISP(samples=samples, iterations=waves),
+        "branching: no token ahead": AISP(**size, lookahead=0),
         "branching: none, plain samples": BestOfN(samples, samples_per_wave=WAVE),
         "branching: uniform cuts": UniformCuts(**size),
         "branching: uniform positions": UniformPositions(**size),

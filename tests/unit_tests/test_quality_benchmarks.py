@@ -401,6 +401,16 @@ def test_with_replacement_a_branch_may_come_twice_and_again(engine) -> None:
     assert len(ablations.WithReplacement(**SIZE).propose(narrow).keys.unique()) > 6 * 4  # each row draws for itself
 
 
+@pytest.mark.parametrize("kind", [ablations.UniformPositions, ablations.WithReplacement, ablations.ByParent])
+def test_arms_that_draw_branches_themselves_take_no_notice_of_a_choice_made_before(kind: type[AISP], engine) -> None:
+    state, *_ = after_one_wave(engine, kind(**SIZE))
+    method = kind(**SIZE)
+    chosen = replace(state, cuts=torch.zeros(state.population.tokens.shape))
+    chosen = chosen.credited(torch.arange(float(len(chosen.beginnings))))
+    assert chosen.branches is not None
+    assert torch.equal(method.propose(chosen).prefix, method.propose(state).prefix)
+
+
 def test_parents_get_their_shares_by_the_rule(engine) -> None:
     state, *_ = after_one_wave(engine, AISP(**SIZE))
     rule = partial(ablations.ByParent, **SIZE)
