@@ -99,9 +99,9 @@ def quality(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Reward and gold reward of the best answer so far, as the search goes on."""
     for what, key in (("reward", "best"), ("gold reward", "gold")):
         lines = {
-            name: [(point["samples"], point[key]) for point in found["arms"][name]["curve"]]
-            for name in _SEARCHES
-            if len(found["arms"].get(name, {}).get("curve", [])) > 1
+            name: [(point["samples"], point[key]) for point in arm["curve"]]
+            for name, arm in found["arms"].items()
+            if name in _SEARCHES and len(arm["curve"]) > 1
         }
         title = f"{what.capitalize()} of the best answer, {found['pair']}"
         yield f"quality_{found['pair']}_{key}", picture(title, "samples", what, lines)

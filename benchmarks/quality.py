@@ -455,10 +455,11 @@ def main() -> None:
     sources = sources_of(args)
     pairs = possible(args.pairs, sources)
     for pair in pairs:
-        if not args.test and pair in plan.frozen():
-            print(f"{pair}: its settings are frozen already")
-        elif not args.test:
-            choose_on_dev(pair, sources, plan)
+        if not args.test:
+            if pair in plan.frozen():
+                print(f"{pair}: its settings are frozen already")
+            else:
+                choose_on_dev(pair, sources, plan)
         if not args.dev:
             told = compare_on_test(pair, sources, plan)
             save(f"quality-{pair}", {"pair": pair, "samples": plan.samples, **told})

@@ -31,8 +31,8 @@ from langchain_aisp.methods.branching import (
 from langchain_aisp.methods.credit import beginnings, cut_log_weights, rewards_to_go
 from langchain_aisp.methods.lookahead import Branches, best_looking, gains, looks
 from langchain_aisp.methods.published import PublishedAISP
-from langchain_aisp.methods.weights import effective_sample_size
-from langchain_aisp.noise import fold, gumbel, wave_keys
+from langchain_aisp.methods.weights import drawn_without_replacement, effective_sample_size
+from langchain_aisp.noise import fold, wave_keys
 from langchain_aisp.types import Info, Observable, Problem, Rollouts, Sampling, Wave, require
 
 _ROWS = 32  # of an iteration, at most: more of them would decode before anything is learnt from them
@@ -220,9 +220,7 @@ def draw_branches(state: AISPState, count: int) -> Branches:
     parent, position, rank = weights.isfinite().nonzero(as_tuple=True)
     node = branch_nodes(population, key)[parent, position, rank]
     weight = weights[parent, position, rank].double().masked_fill(_among(state.visited, node), -torch.inf)
-    merged = merge_equal(node, weight)
-    noise = gumbel(fold(fold(key, state.waves), node))
-    chosen = (merged + noise).topk(min(count, int(merged.isfinite().sum()))).indices
+    chosen = drawn_without_replacement(merge_equal(node, weight), fold(fold(key, state.waves), node), count)
     parent, position, rank = parent[chosen], position[chosen], rank[chosen]
     return Branches(parent, position, population.alternatives[parent, position, rank], node[chosen])
 

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from langchain_aisp.methods.branching import Population
 from langchain_aisp.methods.credit import spelled
-from langchain_aisp.methods.weights import temperature_for_ess
-from langchain_aisp.noise import gumbel
+from langchain_aisp.methods.weights import drawn_without_replacement, temperature_for_ess
 from langchain_aisp.types import Problem, Wave
 
 _SHARE = 0.3  # of the branches that are looked at: the effective number of those that stay in play
@@ -74,8 +73,7 @@ def best_looking(branches: Branches, gains: Tensor, keys: Tensor, count: int) ->
         count: How many at most.
     """
     temperature = temperature_for_ess(gains, max(1.0, _SHARE * len(gains)))
-    scores = (gains - gains.max()).double() / temperature + gumbel(keys)
-    return branches.take(scores.topk(min(count, len(scores))).indices)
+    return branches.take(drawn_without_replacement((gains - gains.max()).double() / temperature, keys, count))
 
 
 def _own(branches: Branches, population: Population) -> tuple[Tensor, Tensor, Tensor]:

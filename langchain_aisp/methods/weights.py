@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from langchain_aisp.noise import gumbel
 from langchain_aisp.types import require
 
 _DECADES = 9.0
@@ -66,3 +67,12 @@ def temperature_for_ess(rewards: Tensor, target: float) -> float:
 def complete_first(rewards: Tensor, complete: Tensor) -> Tensor:
     """Rewards [N] in which a cut-off row counts as ``-inf``, unless every row is cut off."""
     return rewards.masked_fill(~complete, -torch.inf) if bool(complete.any()) else rewards
+
+
+def drawn_without_replacement(log_weights: Tensor, keys: Tensor, count: int) -> Tensor:
+    """Indices [n] of at most ``count`` items by their log-weights [B], ``-inf`` for never, with noise keys [B].
+
+    Gumbel top-k: Kool et al. 2019, arXiv 1903.06059.
+    """
+    possible = int(log_weights.isfinite().sum())
+    return (log_weights + gumbel(keys)).topk(min(count, possible)).indices
