@@ -2,7 +2,8 @@
 
 Why: a method of many parts may owe everything to one of them. An ingredient that is an option of `AISP` is changed by
 that option; one that is not is replaced in a small subclass here, which overrides a verb and leaves the rest alone.
-All arms decode whole waves, so that nothing else differs, and one shows what rows in the places of others change.
+All arms decode whole waves and take no guided text as a parent, so that nothing else differs; two show what rows in the
+places of others, and a guided text where the reward understands unfinished texts, change.
 The prompts are dev prompts, since what is learnt here may change the method; the reward, the gold reward, the
 log-probability of the answers and the costs stand beside each other. Runs are kept one by one, as in
 `benchmarks.quality`.
@@ -275,11 +276,12 @@ def _row_keys(state: AISPState, purpose: int, count: int) -> Tensor:
 def arms(samples: int, sampling: Sampling) -> list[Arm]:
     """The default first, then one arm per change, named by what it changes."""
     waves = max(1, samples // WAVE)
-    size: dict[str, Any] = {"samples": samples, "iterations": waves, "overlap": 1}
+    size: dict[str, Any] = {"samples": samples, "iterations": waves, "overlap": 1, "guidance": 0.0}
     others = [number for number in (1, 2, 4, 8, 16, 32) if number not in (waves, 1) and number <= samples]
     methods: dict[str, Method[Any]] = {
         DEFAULT: AISP(**size),
-        "overlap: as in the default": AISP(samples=samples, iterations=waves),
+        "overlap: as in the default": AISP(samples=samples, iterations=waves, guidance=0.0),
+        "guidance: as in the default": AISP(samples=samples, iterations=waves, overlap=1),
         "branching: no token ahead": AISP(**size, lookahead=0),
         "branching: none, plain samples": BestOfN(samples, samples_per_wave=WAVE),
         "branching: uniform cuts": UniformCuts(**size),

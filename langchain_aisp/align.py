@@ -121,7 +121,7 @@ class Score:
 class Check:
     """A search's wish to know how likely responses are that it has; the answer is the wave's ``Rollouts``.
 
-    Unlike other waves it decodes nothing new, and no deadline cuts it off.
+    Unlike other waves it decodes nothing new but a token per row at most, and no deadline cuts it off.
     """
 
     wave: Wave
@@ -337,19 +337,22 @@ def search(
     """
     start = clock() if start is None else start
     state = method.init(problem)
-    known: dict[Hashable, float] = {}
+    scoring = _Scoring(problem.prompt.chat, clock)
     spending, ranking = _Spending(budget.kl_budget), _Ranking(problem, budget.min_base_logprob)
     candidates: list[Candidate] = []
     trace: list[Iteration] = []
-    sampled_tokens, reward_seconds = 0, 0.0
+    sampled_tokens = 0
     scored: list[Tensor] = []  # rewards of this iteration
     begun: list[tuple[int, int]] = []  # cut and known candidates of the rows that go on
     stopped: Stopped | None = None
     while stopped is None:
-        if partial:
-            asked = clock()
-            state = yield from _credited(state, problem.prompt.chat, known)
-            reward_seconds += clock() - asked
+        while partial and isinstance(state, Crediting) and (looks := state.beginnings) is not None:
+            if budget.spent(len(candidates), clock() - start):
+                break
+            rollouts = cast(Rollouts, (yield Check(looks)))
+            sampled_tokens += rollouts.sampled_tokens
+            rewards = yield from scoring.rewards(rollouts.responses)
+            state = cast(StateT, state.credited(rollouts, rewards))
         wave = method.propose(state)
         if budget.samples is not None:
             wave = first_rows(wave, budget.samples - len(candidates))
@@ -358,10 +361,7 @@ def search(
         rollouts = cast(Rollouts, (yield wave))
         sampled_tokens += rollouts.sampled_tokens
 
-        asked = clock()
-        rewards = yield from _rewards(problem.prompt.chat, rollouts.responses, known)
-        reward_seconds += clock() - asked
-
+        rewards = yield from scoring.rewards(rollouts.responses)
         state, info = method.update(state, wave, rollouts, rewards)
         nats = spending.charge(wave, rollouts)
         candidates += _candidates((len(trace), sum(map(len, scored))), rollouts, rewards, nats, begun)
@@ -378,8 +378,8 @@ def search(
             seconds=clock() - start,
             samples=len(candidates),
             sampled_tokens=sampled_tokens,
-            reward_calls=len(known),
-            reward_seconds=reward_seconds,
+            reward_calls=scoring.calls,
+            reward_seconds=scoring.seconds,
             response=best.response,
             base_logprob=best.base_logprob,
             feasible=ranking.is_feasible(best),
@@ -392,15 +392,6 @@ def search(
     ranked = yield from ranking.all(candidates, state, answers)
     stopped = stopped if ranking.is_feasible(ranked[0]) else "infeasible"
     return Aligned(method.name, problem.prompt, tuple(ranked), tuple(trace), stopped, budget.min_base_logprob)
-
-
-def _credited(state: StateT, chat: Chat, known: dict[Hashable, float]) -> Generator[Wish, Answer, StateT]:
-    """The state with the rewards of the beginnings that it asks for, as long as it does so."""
-    while isinstance(state, Crediting) and (wave := state.beginnings) is not None:
-        rollouts = cast(Rollouts, (yield Check(wave)))
-        rewards = yield from _rewards(chat, rollouts.responses, known)
-        state = cast(StateT, state.credited(rewards))
-    return state
 
 
 def _order(state: object) -> Callable[[Candidate], tuple[bool, tuple[bool, float, int, int]]]:
@@ -607,21 +598,6 @@ def _start(engine: Engine, reward: Reward, method: Method[Any], chat: Chat, sett
     return _Run(engine, reward, prompt.chat, steps, budget.deadline(start))
 
 
-def _rewards(
-    chat: Chat, responses: Sequence[Response], known: dict[Hashable, float]
-) -> Generator[Wish, Answer, Tensor]:
-    """Rewards [N] of the responses; asks for those not ``known`` yet, once each, and remembers them."""
-    identities = [identity(response) for response in responses]
-    unknown = {
-        each: (chat, response) for each, response in zip(identities, responses, strict=True) if each not in known
-    }
-    if unknown:
-        rewards = cast(Tensor, (yield Score(tuple(unknown.values()))))
-        assert rewards.shape == (len(unknown),), f"{len(unknown)} pairs got rewards of shape {tuple(rewards.shape)}"
-        known.update(zip(unknown, rewards.tolist(), strict=True))
-    return torch.tensor([known[each] for each in identities], dtype=torch.float32)
-
-
 def _distinct(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
     """The candidates without repetitions, in order."""
     found: dict[Hashable, Candidate] = {}
@@ -654,6 +630,34 @@ def _candidates(
         )
         for number, (row, response, reward) in enumerate(ended, start=place)
     ]
+
+
+class _Scoring:
+    """Rewards of responses to a conversation, each asked for once, and the time that this takes."""
+
+    def __init__(self, chat: Chat, clock: Callable[[], float]) -> None:
+        self._chat = chat
+        self._clock = clock
+        self._known: dict[Hashable, float] = {}
+        self.seconds = 0.0
+
+    @property
+    def calls(self) -> int:
+        """How many responses have been scored."""
+        return len(self._known)
+
+    def rewards(self, responses: Sequence[Response]) -> Generator[Wish, Answer, Tensor]:
+        """Rewards [N] of the responses; asks for those that are not known yet."""
+        asked, known = self._clock(), self._known
+        identities = [identity(response) for response in responses]
+        pairs = zip(identities, responses, strict=True)
+        unknown = {each: (self._chat, response) for each, response in pairs if each not in known}
+        if unknown:
+            rewards = cast(Tensor, (yield Score(tuple(unknown.values()))))
+            assert rewards.shape == (len(unknown),), f"{len(unknown)} pairs got rewards of shape {tuple(rewards.shape)}"
+            known.update(zip(unknown, rewards.tolist(), strict=True))
+        self.seconds += self._clock() - asked
+        return torch.tensor([known[each] for each in identities], dtype=torch.float32)
 
 
 class _Spending:

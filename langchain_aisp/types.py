@@ -498,10 +498,10 @@ class Crediting(Protocol):
 
     @property
     def beginnings(self) -> Wave | None:
-        """Unfinished texts, as a forced wave that keeps all it says, so that nothing is decoded; None for none."""
+        """Unfinished texts, as a wave that keeps all it says or decodes a token of each at most; None for none."""
 
-    def credited(self, rewards: Tensor) -> Self:
-        """The state that knows their rewards, one per row."""
+    def credited(self, rollouts: Rollouts, rewards: Tensor) -> Self:
+        """The state that knows what that wave brought, and its rewards, one per row."""
 
 
 class ContextLengthError(ValueError):

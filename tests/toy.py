@@ -287,10 +287,11 @@ def play(
     *,
     seed: int = 0,
     budget: Budget = NO_LIMIT,
+    partial: bool = False,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[tuple[Any, Any]]:
     """Drive a search by hand: yields each of its requests with the answer given; the last is ``(Aligned, None)``."""
-    steps = search(method, problem(engine, sampling, seed), budget, clock=clock)
+    steps = search(method, problem(engine, sampling, seed), budget, partial=partial, whole=partial, clock=clock)
     answer: Any = None
     try:
         while True:

@@ -29,6 +29,7 @@ from langchain_aisp.methods.branching import (
     path_nodes,
 )
 from langchain_aisp.methods.credit import beginnings, cut_log_weights, rewards_to_go
+from langchain_aisp.methods.guided import CANDIDATES, Guided
 from langchain_aisp.methods.lookahead import Branches, best_looking, gains, looks
 from langchain_aisp.methods.published import PublishedAISP
 from langchain_aisp.methods.weights import drawn_without_replacement, effective_sample_size
@@ -156,6 +157,7 @@ class AISPState:
         looked_at: Branches whose beginnings are scored before these rows are chosen; 0 for none.
         cuts: [M, L] log-weights of the positions at which parents are cut; None without credit, see ``credited``.
         branches: What the next rows begin with, once it has been chosen by ``credited``.
+        guided: A text that ``credited`` is told how to write, and once it has ended the first row of the next wave.
     """
 
     problem: Problem
@@ -172,6 +174,7 @@ class AISPState:
     looked_at: int = 0
     cuts: Tensor | None = None
     branches: Branches | None = None
+    guided: Guided | None = None
 
     @property
     def flying(self) -> int:
@@ -185,25 +188,36 @@ class AISPState:
 
     @property
     def beginnings(self) -> Wave | None:
-        """Unfinished texts of which ``credited`` wants the rewards; nothing is decoded. None if there are none.
+        """Unfinished texts of which ``credited`` wants the rewards; None if there are none.
 
-        Asked for when the reward understands such texts: those of the parents first, then those of branches.
+        Asked for when the reward understands such texts: those of a text that is written token by token, then those of
+        the parents, then those of branches.
         """
         if self.population is None or self.branches is not None:
             return None
+        if self.guided is not None and (wave := self.guided.wave) is not None:
+            return wave
         if self.cuts is None:
             wave = beginnings(self.population, self.problem)
             return wave if len(wave) else None
         return looks(self.population, self._candidates, self.problem) if len(self._candidates) else None
 
-    def credited(self, rewards: Tensor) -> AISPState:
-        """With credit per position, or then with branches chosen, from the rewards [B] of the beginnings."""
+    def credited(self, rollouts: Rollouts, rewards: Tensor) -> AISPState:
+        """With one more token, or then credit per position, or then branches chosen, from the beginnings' rewards."""
         assert self.population is not None, "without parents there are no beginnings to have been scored"
+        if self.guided is not None and self.guided.wave is not None:
+            return replace(self, guided=self.guided.told(rollouts, rewards))
         if self.cuts is None:
             return replace(self, cuts=cut_log_weights(self.population, rewards_to_go(self.population, rewards)))
         keys = fold(fold(fold(self.problem.prompt.key, self.waves), _LOOKED), self._candidates.nodes)
         gained = gains(self.population, self._candidates, rewards)
         return replace(self, branches=best_looking(self._candidates, gained, keys, self.next_rows))
+
+    @cached_property
+    def sources(self) -> Population:
+        """What the next rows may keep the beginnings of: the parents, and after them a guided text that has ended."""
+        assert self.population is not None, "without parents there is nothing to keep"
+        return self.population if self.guided is None else self.guided.beside(self.population)
 
     @cached_property
     def _candidates(self) -> Branches:
@@ -232,7 +246,8 @@ class AISP:
     The first wave is plain samples, the same as those of ``BestOfN`` with the same seed, so the answer is never worse
     than Best-of-n of that wave. With a reward that understands unfinished texts, each position of a parent is credited
     with what follows it, and parents are cut where they lose, see ``methods.credit``; and branches are chosen by what
-    their first token gains, see ``methods.lookahead``.
+    their first token gains, see ``methods.lookahead``; and after the first wave one text is written as the reward leads
+    it at every token, see ``methods.guided``.
 
     Attributes:
         samples: Responses in all, as in ``BestOfN``: equal numbers are equal cost.
@@ -248,6 +263,9 @@ class AISP:
         lookahead: With a reward that understands unfinished texts, how many branches are looked at for each that is
             decoded: their beginnings are scored up to the branching token, and what gains by it is decoded. 0 looks at
             none.
+        guidance: With such a reward, how many nats a standard deviation of the first wave's rewards is worth at each
+            token of the text that is written so. 0 writes none; nor is one written that would cost more reward calls
+            than all looks at branches, ten per token, or where rewards do not differ.
     """
 
     samples: int = 256
@@ -258,6 +276,7 @@ class AISP:
     overlap: int = 2
     refill: float = 0.5
     lookahead: int = 8
+    guidance: float = 32.0
 
     def __post_init__(self) -> None:
         """Reject settings that leave nothing to search."""
@@ -274,6 +293,7 @@ class AISP:
         require(self.overlap >= 1, f"overlap must be at least 1, got {self.overlap}; 1 decodes whole waves")
         require(0 <= self.refill <= 1, f"refill must be between 0 and 1, got {self.refill}")
         require(self.lookahead >= 0, f"lookahead must not be negative, got {self.lookahead}; 0 looks at no branches")
+        require(self.guidance >= 0, f"guidance must not be negative, got {self.guidance}; 0 writes no text by it")
 
     @staticmethod
     def published(**settings: Any) -> PublishedAISP:
@@ -314,11 +334,15 @@ class AISP:
         keys = wave_keys(problem.prompt.key, state.waves, torch.arange(count), length)
         prefix, cut = torch.zeros_like(keys), torch.zeros(count, dtype=torch.int64)
         if state.population is not None and count > 0:
-            branches = draw_branches(state, count) if state.branches is None else state.branches.take(slice(count))
+            sources = state.sources
+            branches = draw_branches(state, count) if state.branches is None else state.branches
+            if state.guided is not None:
+                branches = state.guided.before(branches, sources)
+            branches = branches.take(slice(count))
             before = torch.arange(length) < branches.positions[:, None]
             found = len(branches)  # fewer than asked when the tree is nearly exhausted; plain samples fill up
-            keys[:found] = torch.where(before, state.population.keys[branches.parents], keys[:found])
-            prefix[:found] = torch.where(before, state.population.tokens[branches.parents], 0)
+            keys[:found] = torch.where(before, sources.keys[branches.parents], keys[:found])
+            prefix[:found] = torch.where(before, sources.tokens[branches.parents], 0)
             prefix[torch.arange(found), branches.positions] = branches.tokens
             cut[:found] = branches.positions + 1
         observe: set[Observable] = {"alternatives" if problem.allowed is None else "unchecked_alternatives"}
@@ -366,6 +390,7 @@ class AISP:
             weights=weights,
             cuts=None,
             branches=None,
+            guided=self._guided(state, population, rewards),
             visited=torch.cat([state.visited, rows.nodes[entered]]).unique(),
             evidence=evidence,
         )
@@ -409,6 +434,15 @@ class AISP:
         broad, narrow = _ESS
         return population.weights(broad + (narrow - broad) * min(1.0, drawn / self.samples))
 
+    def _guided(self, state: AISPState, population: Population, rewards: Tensor) -> Guided | None:
+        """A text to be written, by the first wave's rewards [N]; None at other times, or where it would not pay."""
+        if state.population is not None or self.guidance == 0 or len(rewards) < 2 or rewards.min() == rewards.max():
+            return None
+        candidates = min(CANDIDATES, population.alternatives.shape[2])
+        if candidates * state.problem.sampling.max_tokens > self.lookahead * self.samples:
+            return None
+        return Guided.begun(state.problem, self.guidance / float(rewards.std()), candidates)
+
     def _steering(self, state: AISPState) -> SharedSteering | None:
         if self.control_kl == 0 or state.population is None:
             return None
@@ -422,7 +456,8 @@ class AISP:
         scores = rollouts.observed.get("scores", logprobs[..., :0])
         if state.population is not None:
             old, new = slice(state.flying), slice(state.flying, None)
-            source = parents_of(state.population, nodes[new], wave.cut[new])
+            sources = state.sources
+            source = parents_of(sources, nodes[new], wave.cut[new])
             before = (torch.arange(nodes.shape[1]) < wave.cut[:, None])[..., None]
 
             def completed(name: str, seen: Tensor) -> Tensor:
@@ -430,7 +465,7 @@ class AISP:
                 found = torch.empty_like(seen)
                 if state.flight is not None:
                     torch.where(before[old], getattr(state.flight.rows, name), seen[old], out=found[old])
-                torch.where(before[new], getattr(state.population, name)[source], seen[new], out=found[new])
+                torch.where(before[new], getattr(sources, name)[source], seen[new], out=found[new])
                 return found
 
             alternatives = completed("alternatives", alternatives)

@@ -334,6 +334,7 @@ def test_branch_nodes_are_the_path_nodes_of_the_texts_they_begin():
         ({"cooling": -0.1}, "cooling must not be negative"),
         ({"control_kl": -0.1}, "must not be negative"),
         ({"lookahead": -1}, "lookahead must not be negative, got -1"),
+        ({"guidance": -1}, "guidance must not be negative, got -1"),
     ],
 )
 def test_settings_that_leave_nothing_to_search_are_refused(settings, message):

@@ -23,7 +23,8 @@ def spelled(chat, texts):
 
 
 REWARD = as_reward(spelled, partial=True)
-TWO_WAVES = AISP(samples=16, iterations=2)
+LED = AISP(samples=16, iterations=2)
+TWO_WAVES = AISP(samples=16, iterations=2, guidance=0)  # no text under way has waves of its own
 LONG = Sampling(max_tokens=11, min_tokens=11)
 
 
@@ -40,7 +41,13 @@ def committed(method=TWO_WAVES, engine=None, reward=REWARD, *, every: int = 3, s
 
 @pytest.mark.parametrize(
     "method",
-    [TWO_WAVES, BestOfN(samples=6), PublishedAISP(samples_per_iteration=6, iterations=2), AISP.published(iterations=1)],
+    [
+        LED,
+        TWO_WAVES,
+        BestOfN(samples=6),
+        PublishedAISP(samples_per_iteration=6, iterations=2),
+        AISP.published(iterations=1),
+    ],
 )
 @pytest.mark.parametrize("look_ahead", [0, 2, None])
 def test_blocks_add_up_to_the_answer(method, look_ahead):
@@ -52,9 +59,10 @@ def test_blocks_add_up_to_the_answer(method, look_ahead):
     assert aligned.best.reward == spelled(CHAT, [aligned.best.response.text])[0]
 
 
-def test_committed_tokens_are_kept_by_every_later_row():
+@pytest.mark.parametrize("method", [LED, TWO_WAVES])
+def test_committed_tokens_are_kept_by_every_later_row(method):
     engine = ToyEngine()
-    _, blocks, _ = committed(engine=engine, look_ahead=0)
+    _, blocks, _ = committed(method, engine=engine, look_ahead=0)
     written: list[int] = []
     for block in blocks:
         waves = [wave for wave in engine.waves if not wave.forced and int(wave.cut.min()) >= len(written)]

@@ -263,7 +263,7 @@ def test_so_many_iterations_decode_at_once(overlap):
 def test_rewards_that_are_asked_once_per_wave_get_whole_waves(how):
     engine = ToyEngine()
     reward = as_reward(lambda chat, texts: [float(len(text)) for text in texts], **{how: True})
-    align(engine, reward, AISP(32, 4), CHAT, sampling=SAMPLING)
+    align(engine, reward, AISP(32, 4, guidance=0), CHAT, sampling=SAMPLING)
     decoded = [wave for wave in engine.waves if not wave.forced]
     assert len(decoded) == 4
     assert all(wave.enough is None for wave in decoded)

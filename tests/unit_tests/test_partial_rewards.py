@@ -243,7 +243,7 @@ def test_with_credit_a_bad_spot_is_mended_after_fewer_samples():
     method = AISP(samples=64, iterations=2)
     plain = method.init(problem(ToyEngine(), Sampling(12)))
     start = replace(plain, waves=1, population=members, weights=members.weights(0.6))
-    credited = start.credited(values)
+    credited = start.credited(ToyEngine().decode(start.beginnings), values)
 
     def rank(state, key: int) -> int:
         prompt = replace(state.problem.prompt, key=key)
@@ -268,8 +268,8 @@ def progress(method: AISP, seed: int, *, credit: bool) -> list[float]:
     best: list[float] = []
     for _ in range(method.iterations):
         while credit and (wave := state.beginnings) is not None:
-            texts = engine.decode(wave).responses
-            state = state.credited(torch.tensor([score(response) for response in texts]))
+            texts = engine.decode(wave)
+            state = state.credited(texts, torch.tensor([score(response) for response in texts.responses]))
         wave = method.propose(state)
         rollouts = engine.decode(wave)
         rewards = torch.tensor([score(response) for response in rollouts.responses])
@@ -280,7 +280,7 @@ def progress(method: AISP, seed: int, *, credit: bool) -> list[float]:
 
 def test_a_search_with_credit_finds_as_good_an_answer_with_fewer_samples():
     """Over 16 seeds, the same for both; standard errors of the means are about 0.2."""
-    method = AISP(samples=96, iterations=8, cooling=1.0, overlap=1)
+    method = AISP(samples=96, iterations=8, cooling=1.0, overlap=1, guidance=0)
     without = [progress(method, seed, credit=False) for seed in range(16)]
     credited = [progress(method, seed, credit=True) for seed in range(16)]
     assert mean(best[-1] for best in credited) > mean(best[-1] for best in without) + 0.4
@@ -288,13 +288,14 @@ def test_a_search_with_credit_finds_as_good_an_answer_with_fewer_samples():
 
 
 def test_new_parents_have_no_credit_before_their_beginnings_are_scored():
-    engine, method = ToyEngine(), AISP(samples=8, iterations=2, overlap=1)
+    engine, method = ToyEngine(), AISP(samples=8, iterations=2, overlap=1, guidance=0)
     state = method.init(problem(engine, Sampling(max_tokens=4)))
     wave = method.propose(state)
     rollouts = engine.decode(wave)
     state, _ = method.update(state, wave, rollouts, torch.arange(4.0))
     assert state.beginnings is not None
-    credited = state.credited(torch.arange(float(len(state.beginnings))))
+    looked = engine.decode(state.beginnings)
+    credited = state.credited(looked, torch.arange(float(len(looked.responses))))
     assert credited.cuts is not None
     assert method.update(credited, wave, rollouts, torch.arange(4.0))[0].cuts is None
 
@@ -304,7 +305,7 @@ def test_the_first_wave_has_no_beginnings_to_ask_for():
 
 
 def test_responses_of_one_token_have_no_beginnings():
-    engine, method = ToyEngine(), AISP(samples=8, iterations=2, overlap=1)
+    engine, method = ToyEngine(), AISP(samples=8, iterations=2, overlap=1, guidance=0)
     state = method.init(problem(engine, Sampling(max_tokens=1)))
     wave = method.propose(state)
     rollouts = engine.decode(wave)
@@ -353,17 +354,17 @@ def test_branches_that_gain_are_chosen_whatever_the_scale_and_none_is_chosen_twi
 
 
 def test_what_was_chosen_is_decoded_and_a_shortened_wave_takes_the_first():
-    engine, method = ToyEngine(), AISP(samples=24, iterations=3, lookahead=4, overlap=1)
+    engine, method = ToyEngine(), AISP(samples=24, iterations=3, lookahead=4, guidance=0, overlap=1)
     state = method.init(problem(engine, Sampling(max_tokens=6)))
     wave = method.propose(state)
     rollouts = engine.decode(wave)
     state, _ = method.update(state, wave, rollouts, torch.arange(8.0))
-    state = state.credited(torch.zeros(len(state.beginnings)))
+    state = state.credited(engine.decode(state.beginnings), torch.zeros(len(state.beginnings)))
     asked = state.beginnings
     assert state.looked_at == 4 * 8
     assert 4 * 8 < len(asked) <= 2 * 4 * 8
-    texts = engine.decode(asked).responses
-    state = state.credited(torch.tensor([float("a" in text.text) for text in texts]))
+    texts = engine.decode(asked)
+    state = state.credited(texts, torch.tensor([float("a" in text.text) for text in texts.responses]))
     assert state.beginnings is None
     wave = method.propose(state)
     begun = [row[:cut].tolist() for row, cut in zip(wave.prefix, wave.cut, strict=True)]
@@ -378,7 +379,7 @@ def test_a_search_that_looks_ahead_finds_better_answers():
     """Over 16 seeds, the same for both; standard errors of the means are about 0.2."""
     found = {
         count: mean(
-            progress(AISP(samples=96, cooling=1.0, overlap=1, lookahead=count), seed, credit=True)[-1]
+            progress(AISP(samples=96, cooling=1.0, overlap=1, lookahead=count, guidance=0), seed, credit=True)[-1]
             for seed in range(16)
         )
         for count in (0, 8)

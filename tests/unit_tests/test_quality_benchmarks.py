@@ -340,7 +340,7 @@ def after_one_wave(engine: TransformersEngine, method: AISP, sampling: Sampling 
     return state, first, method.propose(state)
 
 
-SIZE = {"samples": 32, "iterations": 2, "population": 3}
+SIZE = {"samples": 32, "iterations": 2, "population": 3, "guidance": 0}
 SUBCLASSES = (
     ablations.UniformCuts,
     ablations.UniformPositions,
@@ -406,7 +406,8 @@ def test_arms_that_draw_branches_themselves_take_no_notice_of_a_choice_made_befo
     state, *_ = after_one_wave(engine, kind(**SIZE))
     method = kind(**SIZE)
     chosen = replace(state, cuts=torch.zeros(state.population.tokens.shape))
-    chosen = chosen.credited(torch.arange(float(len(chosen.beginnings))))
+    looks = engine.submit(chosen.beginnings).future.result()
+    chosen = chosen.credited(looks, torch.arange(float(len(looks.responses))))
     assert chosen.branches is not None
     assert torch.equal(method.propose(chosen).prefix, method.propose(state).prefix)
 
@@ -458,6 +459,7 @@ def test_every_arm_of_the_ablations_spends_the_same_samples_and_is_told_beside_t
     assert labels[0] == ablations.DEFAULT
     assert {label.split(":")[0] for label in labels[1:]} == {
         "overlap",
+        "guidance",
         "branching",
         "replacement",
         "population",
@@ -483,6 +485,7 @@ def test_arms_survive_the_way_to_another_process() -> None:
 def test_the_default_of_the_ablations_is_the_default(engine) -> None:
     reward = as_reward(lambda chat, responses: [float(len(text)) for text in responses], name="long")
     arm = ablations.arms(128, SAMPLING)[0]
-    assert arm.method == AISP(samples=128, iterations=4, overlap=1)
-    assert ablations.arms(128, SAMPLING)[1].method == AISP(samples=128, iterations=4)
+    assert arm.method == AISP(samples=128, iterations=4, overlap=1, guidance=0)
+    assert ablations.arms(128, SAMPLING)[1].method == AISP(samples=128, iterations=4, guidance=0)
+    assert ablations.arms(128, SAMPLING)[2].method == AISP(samples=128, iterations=4, overlap=1)
     assert align(engine, reward, arm.method, CHAT, sampling=SAMPLING).samples == 128

@@ -30,7 +30,7 @@ def model(**settings) -> AISPChatModel:
 def wishes(partial: bool) -> list[object]:
     """Everything that a search in the toy world asks for."""
     engine = ToyEngine()
-    steps = search(AISP(samples=16, iterations=2), problem(engine, LONG), NO_LIMIT, partial=partial)
+    steps = search(AISP(samples=16, iterations=2, guidance=0), problem(engine, LONG), NO_LIMIT, partial=partial)
     found: list[object] = []
     answer = None
     for _ in range(100):
