@@ -144,7 +144,8 @@ class Wave:
         kl_spent: [N] float64, nats of the budget that each row's kept tokens have taken; None for none.
         temperatures: [N] float32, each row's own temperature in place of the sampling's; None for that.
         enough: So many ended rows are enough: the others come back as far as they are, to go on in another wave as its
-            first rows, in their order. None waits for all, as does an engine that decodes the wave in parts.
+            first rows, in their order; 0 is enough as soon as each has said a token. None waits for all, as does an
+            engine that decodes the wave in parts.
         held: What the rollouts of unfinished rows brought beside them (``Rollouts.held``), so that nothing has to be
             read again when they go on; the tokens are the same without it.
     """

@@ -122,7 +122,9 @@ class ToyEngine:
         enough = rows_of_wave if wave.enough is None else wave.enough
         warm = torch.full((rows_of_wave,), wave.sampling.temperature)
         temperatures = warm if wave.temperatures is None else wave.temperatures
-        while None in reasons and rows_of_wave - reasons.count(None) < enough:
+        said = 0
+        while None in reasons and (rows_of_wave - reasons.count(None) < enough or enough == said == 0):
+            said += 1
             if cancelled is not None and cancelled.is_set():
                 raise CancelledError
             if deadline is not None and self.clock() >= deadline:

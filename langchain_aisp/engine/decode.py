@@ -156,13 +156,17 @@ class Rows:
             self.limit = (self.script >= 0).sum(dim=1).clamp(max=self.limit)
         self.reason = torch.full_like(self.length, -1)  # index into _REASONS, -1 while the row is decoded
         self.told = torch.zeros_like(self.reason, dtype=torch.bool)  # which ends have been taken note of
-        self._end(self.length >= self.limit, "length")
         last = self.tokens.gather(1, (self.cut - 1).clamp(min=0)[:, None]).squeeze(1)
         self._end((self.cut > 0) & vocabulary.ends[last.clamp(min=0)], "stop")
+        if self.sampling.stop:
+            self._end_at_stop_strings((self.cut > 0).nonzero().squeeze(1))
+        self._end(self.length >= self.limit, "length")
+        if self.script is not None and not wave.observe and self.sampling.grammar is None and not self.sampling.stop:
+            self._say_script(self.script)
         self._ragged = cache if isinstance(cache, RaggedCache) else None
         self.enough = wave.enough if len(index) == len(wave) else None
         self.live = (self.reason < 0).nonzero().squeeze(1)
-        self.has_enough = self._has_enough(len(self.live))
+        self.has_enough = self.enough != 0 and self._has_enough(len(self.live))
         self._going_on: Sequence[LLMatcher] = ()  # of the first rows
         self.store: Any = self._go_on(cache, prompt) or (
             self._open(cache, prompt, self.live) if len(self.live) else None
@@ -486,6 +490,19 @@ class Rows:
         known, live = self._going_on, zip(self.live.tolist(), self.position.tolist(), strict=True)
         rows = [known[row] if row < len(known) else self.tokens[row, :count].tolist() for row, count in live]
         return self.vocabulary.grammars.open(self.sampling.grammar, rows)
+
+    def _say_script(self, script: Tensor) -> None:
+        """Say all of it at once: where nothing is observed and no text has to be looked at, the model is not needed."""
+        positions = torch.arange(script.shape[1], device=script.device)
+        ends = self.vocabulary.ends[script.clamp(min=0)] & (script >= 0) & (positions >= self.cut[:, None])
+        first_end = torch.where(ends, positions, script.shape[1]).amin(dim=1)
+        length = torch.minimum(first_end + 1, torch.as_tensor(self.limit, device=script.device))
+        going = self.reason < 0
+        self.length = torch.where(going, length, self.length)
+        said = going[:, None] & (positions < self.length[:, None])
+        self.tokens = torch.where(said, script, self.tokens)
+        self._end(first_end < length, "stop")
+        self._end(self.length >= self.limit, "length")
 
     def _end(self, ended: Tensor, reason: FinishReason) -> None:
         self.reason[ended & (self.reason < 0)] = _REASONS.index(reason)

@@ -498,6 +498,8 @@ class TransformersEngine:
         self, rows: Sequence[list[int]], reasons: Sequence[FinishReason], sampling: Sampling
     ) -> tuple[Response, ...]:
         """What the rows say; a reader gets to see control tokens too."""
+        if not rows:  # of which a tokenizer makes one text
+            return ()
         reader = sampling.reader
         texts = self._decode(rows) if reader is None else self._decode_all(rows)
         trimmed = zip([_trim(text, sampling.stop) for text in texts], reasons, strict=True)

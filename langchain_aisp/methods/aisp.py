@@ -157,7 +157,7 @@ class AISPState:
         looked_at: Branches whose beginnings are scored before these rows are chosen; 0 for none.
         cuts: [M, L] log-weights of the positions at which parents are cut; None without credit, see ``credited``.
         branches: What the next rows begin with, once it has been chosen by ``credited``.
-        guided: A text that ``credited`` is told how to write, and once it has ended the first row of the next wave.
+        guided: A text that ``credited`` is told how to write; once it has ended, it is the next wave.
     """
 
     problem: Problem
@@ -195,8 +195,8 @@ class AISPState:
         """
         if self.population is None or self.branches is not None:
             return None
-        if self.guided is not None and (wave := self.guided.wave) is not None:
-            return wave
+        if self.guided is not None:
+            return self.guided.wave
         if self.cuts is None:
             wave = beginnings(self.population, self.problem)
             return wave if len(wave) else None
@@ -205,19 +205,22 @@ class AISPState:
     def credited(self, rollouts: Rollouts, rewards: Tensor) -> AISPState:
         """With one more token, or then credit per position, or then branches chosen, from the beginnings' rewards."""
         assert self.population is not None, "without parents there are no beginnings to have been scored"
-        if self.guided is not None and self.guided.wave is not None:
-            return replace(self, guided=self.guided.told(rollouts, rewards))
+        if self.guided is not None:
+            return self._led(self.guided.told(rollouts, rewards))
         if self.cuts is None:
             return replace(self, cuts=cut_log_weights(self.population, rewards_to_go(self.population, rewards)))
         keys = fold(fold(fold(self.problem.prompt.key, self.waves), _LOOKED), self._candidates.nodes)
         gained = gains(self.population, self._candidates, rewards)
         return replace(self, branches=best_looking(self._candidates, gained, keys, self.next_rows))
 
-    @cached_property
-    def sources(self) -> Population:
-        """What the next rows may keep the beginnings of: the parents, and after them a guided text that has ended."""
-        assert self.population is not None, "without parents there is nothing to keep"
-        return self.population if self.guided is None else self.guided.beside(self.population)
+    def _led(self, guided: Guided) -> AISPState:
+        """With another token of the guided text; when it has ended, it is an iteration of its own."""
+        if not guided.finished:
+            return replace(self, guided=guided)
+        if not guided.tokens:  # there was no room for any
+            return replace(self, guided=None)
+        first, *rest = self.ends
+        return replace(self, guided=guided, ends=(first, first + 1, *(end for end in rest if end > first + 1)))
 
     @cached_property
     def _candidates(self) -> Branches:
@@ -330,22 +333,22 @@ class AISP:
     def propose(self, state: AISPState) -> Wave:
         """Plain samples first, then branches of the best responses, beside the rows that have not ended."""
         problem, flight, count = state.problem, state.flight, self.wave_size(state)
+        observe: set[Observable] = {"alternatives" if problem.allowed is None else "unchecked_alternatives"}
+        if self.control_kl > 0:
+            observe.add("scores")
+        if state.guided is not None and state.guided.finished:
+            return state.guided.saying(frozenset(observe))
         length = problem.sampling.max_tokens
         keys = wave_keys(problem.prompt.key, state.waves, torch.arange(count), length)
         prefix, cut = torch.zeros_like(keys), torch.zeros(count, dtype=torch.int64)
         if state.population is not None and count > 0:
-            sources = state.sources
-            branches = draw_branches(state, count) if state.branches is None else state.branches
-            if state.guided is not None:
-                branches = state.guided.before(branches, sources)
-            branches = branches.take(slice(count))
+            branches = draw_branches(state, count) if state.branches is None else state.branches.take(slice(count))
             before = torch.arange(length) < branches.positions[:, None]
             found = len(branches)  # fewer than asked when the tree is nearly exhausted; plain samples fill up
-            keys[:found] = torch.where(before, sources.keys[branches.parents], keys[:found])
-            prefix[:found] = torch.where(before, sources.tokens[branches.parents], 0)
+            keys[:found] = torch.where(before, state.population.keys[branches.parents], keys[:found])
+            prefix[:found] = torch.where(before, state.population.tokens[branches.parents], 0)
             prefix[torch.arange(found), branches.positions] = branches.tokens
             cut[:found] = branches.positions + 1
-        observe: set[Observable] = {"alternatives" if problem.allowed is None else "unchecked_alternatives"}
         sampling = problem.sampling if state.population is None else self._cooled(problem.sampling)
         wave = Wave(
             problem.prompt,
@@ -354,7 +357,7 @@ class AISP:
             keys,
             sampling,
             self._steering(state),
-            frozenset(observe | ({"scores"} if self.control_kl > 0 else set())),
+            frozenset(observe),
             enough=self._enough(state, count),
         )
         return wave if flight is None else _beside(flight, wave)
@@ -436,12 +439,14 @@ class AISP:
 
     def _guided(self, state: AISPState, population: Population, rewards: Tensor) -> Guided | None:
         """A text to be written, by the first wave's rewards [N]; None at other times, or where it would not pay."""
-        if state.population is not None or self.guidance == 0 or len(rewards) < 2 or rewards.min() == rewards.max():
+        if state.population is not None or self.guidance == 0 or len(state.ends) == 1:
+            return None
+        if len(rewards) < 2 or rewards.min() == rewards.max():  # these do not say what a unit is worth
             return None
         candidates = min(CANDIDATES, population.alternatives.shape[2])
         if candidates * state.problem.sampling.max_tokens > self.lookahead * self.samples:
             return None
-        return Guided.begun(state.problem, self.guidance / float(rewards.std()), candidates)
+        return Guided(state.problem, self.guidance / float(rewards.std()), candidates)
 
     def _steering(self, state: AISPState) -> SharedSteering | None:
         if self.control_kl == 0 or state.population is None:
@@ -456,7 +461,8 @@ class AISP:
         scores = rollouts.observed.get("scores", logprobs[..., :0])
         if state.population is not None:
             old, new = slice(state.flying), slice(state.flying, None)
-            sources = state.sources
+            guided = state.guided if state.guided is not None and state.guided.finished else None
+            sources = state.population if guided is None else guided.beside(state.population)
             source = parents_of(sources, nodes[new], wave.cut[new])
             before = (torch.arange(nodes.shape[1]) < wave.cut[:, None])[..., None]
 

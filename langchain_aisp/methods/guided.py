@@ -3,24 +3,24 @@
 With a reward that understands unfinished texts, a text can be led to what it wants at every token. Such a text earns
 much and is often odd; as one of the parents it lends its words to the others and is mended by branches of its own.
 
-Source: the rule by which the text is written is ARGS, arXiv 2402.01694; a weight in units of the rewards' spread, and
-the text as a parent of a search, are ours.
+Source: the rule by which the text is written is that of ARGS-greedy, arXiv 2402.01694; a weight in units of the
+rewards' spread, and the text as a parent of a search, are ours.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from langchain_aisp.methods.args import ARGS, ARGSState
 from langchain_aisp.methods.branching import Population, path_nodes
-from langchain_aisp.methods.lookahead import Branches
+from langchain_aisp.methods.credit import spelled
 from langchain_aisp.noise import wave_keys
-from langchain_aisp.types import Problem, Rollouts, Wave
+from langchain_aisp.types import Observable, Problem, Rollouts, Wave
 
-CANDIDATES = 10  # tokens that are judged at each position, as published for ARGS
+CANDIDATES = 10  # tokens that are judged at each position, as published
 _KEYS = -1  # an iteration below all others: no row has noise of the same keys
 
 
@@ -28,75 +28,72 @@ _KEYS = -1  # an iteration below all others: no row has noise of the same keys
 class Guided:
     """Such a text under way, and what the model would have said in its place.
 
+    Every token takes two waves: the model says its own, which shows the likeliest ones and is forgotten; then these are
+    judged.
+
     Attributes:
-        args: Chooses the tokens.
-        writing: How far the text is.
-        alternatives: The model's likeliest tokens [K] at each of its positions.
+        problem: What is answered.
+        weight: Nats that a unit of the reward is worth.
+        candidates: Tokens that are judged at each position.
+        tokens: The text so far.
+        alternatives: The model's likeliest tokens [K] at each of its positions, and at the next one once it is known.
         logprobs: Their log-probabilities [K].
+        held: What the engine remembers of the text.
+        finished: Whether it has ended.
     """
 
-    args: ARGS
-    writing: ARGSState
+    problem: Problem
+    weight: float
+    candidates: int = CANDIDATES
+    tokens: tuple[int, ...] = ()
     alternatives: tuple[Tensor, ...] = ()
     logprobs: tuple[Tensor, ...] = ()
-
-    @classmethod
-    def begun(cls, problem: Problem, weight: float, candidates: int = CANDIDATES) -> Guided:
-        """Before the first token.
-
-        Args:
-            problem: What is answered.
-            weight: Nats that a unit of the reward is worth.
-            candidates: Tokens that are judged at each position.
-        """
-        args = ARGS(weight=weight, candidates=candidates)
-        return cls(args, args.init(problem))
+    held: Any = None
+    finished: bool = False
 
     @property
     def wave(self) -> Wave | None:
-        """Beginnings that are to be scored next; None once the text has ended."""
-        return None if self.writing.finished else self.args.propose(self.writing)
+        """What is to be looked at next; None once the text has ended."""
+        if self.finished:
+            return None
+        return self._wave if len(self.alternatives) == len(self.tokens) else self._judging()
 
     def told(self, rollouts: Rollouts, rewards: Tensor) -> Guided:
-        """With what the wave said and earned [N]."""
-        wave = self.wave
-        assert wave is not None, "a text that has ended asks for nothing"
-        writing, _ = self.args.update(self.writing, wave, rollouts, rewards)
-        if not wave.observe:
-            return replace(self, writing=writing)
-        alternatives, logprobs = (
-            rollouts.observed[name][0, wave.cut[0]] for name in ("alternatives", "alternative_logprobs")
-        )
-        return replace(
-            self,
-            writing=writing,
-            alternatives=(*self.alternatives, alternatives),
-            logprobs=(*self.logprobs, logprobs),
-        )
+        """With what the wave showed and, if it judged candidates, with the best of these by their rewards [k]."""
+        place = len(self.tokens)
+        if len(self.alternatives) == place:
+            shown = (rollouts.observed[name][0, place] for name in ("alternatives", "alternative_logprobs"))
+            alternatives, logprobs = shown
+            return replace(
+                self,
+                alternatives=(*self.alternatives, alternatives),
+                logprobs=(*self.logprobs, logprobs),
+                held=rollouts.held if self.problem.sampling.grammar is None else None,  # it has heard another token
+                finished=int(rollouts.lengths[0]) == place,  # no room is left
+            )
+        best = int((self.logprobs[-1][: len(rewards)] + self.weight * (rewards - rewards.max())).argmax())
+        tokens = (*self.tokens, int(self.alternatives[-1][best]))
+        ends = rollouts.responses[best].complete or len(tokens) == self.problem.sampling.max_tokens
+        return replace(self, tokens=tokens, finished=ends)
 
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """The text; empty as long as it has not ended."""
-        return self.writing.chains[0].tokens if self.writing.finished else ()
+    def saying(self, observe: frozenset[Observable]) -> Wave:
+        """The whole text as a response, of which nothing is left to decode."""
+        return replace(self._wave, observe=observe, enough=None, held=None)
 
     def beside(self, population: Population) -> Population:
-        """The members, and after them the text with a reward of 0, if it has ended."""
-        size = len(self.tokens)
-        if size == 0:
-            return population
-        one = population.take(torch.tensor([0]))
+        """The members, and after them the text, which is ended, with a reward of 0."""
+        one, size = population.take(torch.tensor([0])), len(self.tokens)
         tokens, alternatives = torch.full_like(one.tokens, -1), torch.zeros_like(one.alternatives)
         logprobs = torch.zeros_like(one.logprobs)
         tokens[0, :size] = torch.tensor(self.tokens)
         alternatives[0, :size] = torch.stack(self.alternatives[:size])
         logprobs[0, :size] = torch.stack(self.logprobs[:size])
-        key = self.writing.problem.prompt.key
         text = replace(
             one,
             tokens=tokens,
-            keys=wave_keys(key, _KEYS, torch.arange(1), tokens.shape[1]),
+            keys=self._keys,
             lengths=torch.tensor([size]),
-            nodes=path_nodes(tokens, key),
+            nodes=path_nodes(tokens, self.problem.prompt.key),
             rewards=torch.zeros(1),
             alternatives=alternatives,
             logprobs=logprobs,
@@ -104,10 +101,29 @@ class Guided:
         )
         return population.join(text)
 
-    def before(self, branches: Branches, population: Population) -> Branches:
-        """The text as a branch of itself that keeps all of it, and then the branches; ``population`` is ``beside``."""
-        if not self.tokens:
-            return branches
-        last, end = len(population) - 1, len(self.tokens) - 1
-        own = Branches(*(torch.tensor([value]) for value in (last, end, self.tokens[end], population.nodes[last, end])))
-        return own.join(branches)
+    @property
+    def _wave(self) -> Wave:
+        """One row that goes on from the text so far with tokens of the model's own."""
+        prefix = torch.zeros(1, self.problem.sampling.max_tokens, dtype=torch.int64)
+        prefix[0, : len(self.tokens)] = torch.tensor(self.tokens, dtype=torch.int64)
+        return Wave(
+            self.problem.prompt,
+            prefix,
+            torch.tensor([len(self.tokens)]),
+            self._keys,
+            replace(self.problem.sampling, temperature=0.0),
+            observe=frozenset(("alternatives",)),
+            enough=0,
+            held=self.held,
+        )
+
+    def _judging(self) -> Wave:
+        """The text with each of the likeliest tokens that may come next."""
+        possible = self.alternatives[-1][: self.candidates][self.logprobs[-1][: self.candidates].isfinite()]
+        texts = torch.full((len(possible), len(self.tokens) + 1), -1)
+        texts[:, :-1], texts[:, -1] = torch.tensor(self.tokens, dtype=torch.int64), possible
+        return spelled(texts, torch.full((len(possible),), texts.shape[1]), self.problem)
+
+    @property
+    def _keys(self) -> Tensor:
+        return wave_keys(self.problem.prompt.key, _KEYS, torch.arange(1), self.problem.sampling.max_tokens)

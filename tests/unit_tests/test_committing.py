@@ -59,10 +59,9 @@ def test_blocks_add_up_to_the_answer(method, look_ahead):
     assert aligned.best.reward == spelled(CHAT, [aligned.best.response.text])[0]
 
 
-@pytest.mark.parametrize("method", [LED, TWO_WAVES])
-def test_committed_tokens_are_kept_by_every_later_row(method):
+def test_committed_tokens_are_kept_by_every_later_row():
     engine = ToyEngine()
-    _, blocks, _ = committed(method, engine=engine, look_ahead=0)
+    _, blocks, _ = committed(engine=engine, look_ahead=0)
     written: list[int] = []
     for block in blocks:
         waves = [wave for wave in engine.waves if not wave.forced and int(wave.cut.min()) >= len(written)]

@@ -11,9 +11,10 @@ import torch
 from langchain_aisp.align import Budget, align
 from langchain_aisp.engine import TransformersEngine
 from langchain_aisp.engine.cache import ExpandedCache, NoCache
+from langchain_aisp.engine.decode import Rows
 from langchain_aisp.methods import AISP, BestOfN
 from langchain_aisp.rewards import as_reward
-from langchain_aisp.types import Rollouts, Sampling, Wave
+from langchain_aisp.types import Response, Rollouts, Sampling, Wave
 from tests import tiny
 from tests.architectures import BY_TITLE, build
 from tests.toy import ToyEngine, ToyReward, counts, outcome, play, spells
@@ -321,3 +322,62 @@ def test_settings_that_mean_nothing_are_refused():
         AISP(refill=1.5)
     with pytest.raises(ValueError, match="overlap must be at least 1, got 0; 1 decodes whole waves"):
         AISP(overlap=0)
+
+
+# A token at a time, and what is given
+
+
+@pytest.mark.parametrize("hold", [True, False], ids=["held", "read again"])
+def test_a_wave_that_wants_no_row_comes_back_after_a_token_which_others_may_replace(engine, hold):
+    """A text of tokens that the model did not choose is read a token at a time, and shows what it would have said."""
+    prompt = engine.encode(CHAT, seed=3)
+    asking = replace(tiny.wave(prompt, 4, LENGTH), observe=frozenset(("alternatives",)), enough=0)
+    chosen = torch.randint(5, 100, (4, 12), generator=torch.Generator().manual_seed(0))
+    shown, held = [], None
+    for place in range(chosen.shape[1]):
+        prefix = torch.zeros(4, LENGTH, dtype=torch.int64)
+        prefix[:, :place] = chosen[:, :place]
+        wave = replace(asking, prefix=prefix, cut=torch.full((4,), place), held=held if hold else None)
+        rollouts = decode(engine, wave)
+        assert rollouts.responses == ()
+        assert rollouts.sampled_tokens == 4
+        shown.append(rollouts.observed["alternatives"][:, place])
+        held = rollouts.held
+    given = replace(asking, prefix=chosen, keys=asking.keys[:, :12], cut=torch.zeros(4, dtype=torch.int64), forced=True)
+    whole = decode(engine, replace(given, enough=None, sampling=replace(given.sampling, max_tokens=12)))
+    assert torch.equal(torch.stack(shown, dim=1), whole.observed["alternatives"])
+
+
+def test_what_is_given_is_said_at_once_as_it_is_token_by_token(engine, monkeypatch):
+    prompt, end = engine.encode(CHAT, seed=3), int(engine._vocabulary.ends.nonzero()[0])
+    given = torch.randint(5, 100, (6, 20), generator=torch.Generator().manual_seed(1))
+    given[1, 7] = given[2, 3] = given[3, 19] = end
+    given[4, 9:] = -1
+    cut = torch.tensor([0, 2, 4, 5, 9, 20])  # the third row has said its end already, the last two have no more to say
+    wave = replace(tiny.wave(prompt, 6, 20), prefix=given, cut=cut, forced=True)
+    steps: list[object] = []
+    hook = engine.model.register_forward_pre_hook(lambda *_: steps.append(None))
+    at_once = decode(engine, wave)
+    assert not steps
+    monkeypatch.setattr(Rows, "_say_script", lambda self, script: None)
+    by_steps = decode(engine, wave)
+    hook.remove()
+    assert steps
+    assert torch.equal(at_once.tokens, by_steps.tokens)
+    assert torch.equal(at_once.lengths, by_steps.lengths)
+    assert at_once.responses == by_steps.responses
+    assert at_once.sampled_tokens == by_steps.sampled_tokens
+    assert [each.finish_reason for each in at_once.responses] == ["length", "stop", "stop", "stop", "length", "length"]
+
+
+def test_a_stop_string_in_what_was_kept_ends_a_row(engine):
+    prompt = engine.encode(CHAT, seed=2)
+    free = decode(engine, tiny.wave(prompt, 8, 12, min_tokens=12))
+    row, letter = next((n, each.text[5]) for n, each in enumerate(free.responses) if each.text[5] not in each.text[:5])
+    kept = next(n for n in range(12) if letter in engine._vocabulary.decode([free.tokens[row, :n].tolist()])[0])
+    child = replace(
+        tiny.wave(prompt, 1, 12, stop=(letter,)), prefix=free.tokens[row : row + 1], cut=torch.tensor([kept])
+    )
+    found = decode(engine, child)
+    assert found.sampled_tokens == 0
+    assert found.responses[0] == Response(free.responses[row].text.split(letter)[0], "stop")

@@ -7,9 +7,10 @@ from statistics import mean
 import pytest
 import torch
 
-from langchain_aisp.align import Aligned, Budget, Check, align
+from langchain_aisp.align import Aligned, Budget, Check, Iteration, align
 from langchain_aisp.engine import TransformersEngine
 from langchain_aisp.methods import AISP, ARGS
+from langchain_aisp.methods.aisp import AISPState
 from langchain_aisp.methods.branching import path_nodes
 from langchain_aisp.methods.guided import Guided
 from langchain_aisp.rewards import as_reward
@@ -39,7 +40,7 @@ def checks(method: AISP, **settings) -> list[Wave]:
 
 def written(engine: ToyEngine, weight: float, sampling: Sampling = SAMPLING) -> Guided:
     """The toy word, written to its end."""
-    text = Guided.begun(problem(engine, sampling), weight)
+    text = Guided(problem(engine, sampling), weight)
     while (wave := text.wave) is not None:
         rollouts = engine.decode(wave)
         text = text.told(rollouts, torch.tensor([spells(WORD)(each) for each in rollouts.responses]))
@@ -54,20 +55,18 @@ def test_the_text_is_the_one_that_args_writes(weight):
     assert (answer.response.text == WORD[:10]) == (weight == 100)
 
 
-def test_as_long_as_it_is_under_way_there_is_no_text():
-    engine = toy()
-    text = Guided.begun(problem(engine, SAMPLING), 1.0)
-    assert text.wave is not None
-    assert text.tokens == ()
-    state = AISP(**SMALL).init(problem(engine, SAMPLING))
-    assert state.guided is None
-
-
-def test_beside_the_parents_it_shows_what_the_model_would_have_said():
-    engine, method = toy(), AISP(**SMALL)
+def parents(engine: ToyEngine) -> tuple[AISPState, Wave]:
+    """A search after its first wave, and that wave."""
+    method = AISP(**SMALL)
     state = method.init(problem(engine, SAMPLING))
     wave = method.propose(state)
     state, _ = method.update(state, wave, engine.decode(wave), torch.arange(16.0))
+    return state, wave
+
+
+def test_beside_the_parents_it_shows_what_the_model_would_have_said():
+    engine = toy()
+    state, wave = parents(engine)
     text = written(engine, 100.0)
     members = text.beside(state.population)
     assert len(members) == len(state.population) + 1
@@ -79,32 +78,55 @@ def test_beside_the_parents_it_shows_what_the_model_would_have_said():
     assert not set(members.keys[-1].tolist()) & set(wave.keys.flatten().tolist())
 
 
-def test_it_is_the_first_row_of_the_second_wave_and_then_a_parent():
-    engine, method, score = toy(), AISP(**SMALL), spells(WORD)
+def test_it_is_an_iteration_of_its_own_and_then_a_parent():
+    engine, method, score = toy(), AISP(**SMALL, overlap=1), spells(WORD)
     state = method.init(problem(engine, SAMPLING))
-    for number in range(2):
+    sizes, population = [], []
+    while not state.exhausted:
         while (looks := state.beginnings) is not None:
             looked = engine.decode(looks)
             state = state.credited(looked, torch.tensor([score(each) for each in looked.responses]))
         wave = method.propose(state)
         rollouts = engine.decode(wave)
-        led = None if state.guided is None else state.guided.tokens
         state, _ = method.update(state, wave, rollouts, torch.tensor([score(each) for each in rollouts.responses]))
-        assert len(wave) == 16  # it is one of the samples
-        assert (state.guided is not None) == (number == 0)
-    assert rollouts.responses[0].text == WORD
-    assert tuple(wave.prefix[0, : wave.cut[0]].tolist()) == led == tuple(state.population.tokens[0].tolist())
+        sizes.append(len(wave))
+        population.append([tuple(row.tolist()) for row in state.population.tokens])
+        if len(sizes) == 2:
+            assert rollouts.responses[0].text == WORD
+            assert rollouts.sampled_tokens == 0
+            led = tuple(rollouts.tokens[0].tolist())
+    assert sizes == [16, 1, 15, 16, 16]  # it is one of the samples
+    assert led not in population[0]
+    assert population[1][0] == led
+
+
+def test_as_long_as_it_is_under_way_others_go_on_without_it():
+    engine = toy()
+    state, _ = parents(engine)
+    assert state.guided is not None
+    begun = state.credited(engine.decode(state.beginnings), torch.zeros(0))
+    begun = begun.credited(engine.decode(begun.beginnings), torch.arange(9.0))
+    assert len(begun.guided.tokens) == 1
+    method = AISP(**SMALL, overlap=1)
+    wave = method.propose(begun)
+    assert torch.equal(wave.prefix, method.propose(state).prefix)
+    assert method.update(begun, wave, engine.decode(wave), torch.arange(16.0))[0].guided is None
 
 
 def test_what_it_costs_is_counted():
-    with_text, without = searched(AISP(**SMALL)), searched(AISP(**SMALL, guidance=0))
-    first = [aligned.trace[1] for aligned in (with_text, without)]
-    assert first[0].reward_calls > first[1].reward_calls
-    assert with_text.samples == without.samples == 64
-    looks = checks(AISP(**SMALL))
-    decoded = [wave for wave in looks if bool((wave.cut < (wave.prefix >= 0).sum(dim=1)).any()) or not wave.forced]
-    assert len(decoded) == 20  # the likeliest token, then its rivals, ten times
-    assert sum(map(len, decoded)) == 90  # nine letters each, since the text must not end
+    played = list(play(AISP(**SMALL), toy(), spells(WORD), SAMPLING, partial=True))
+    looks = [request.wave for request, _ in played if isinstance(request, Check)]
+    asking = [number for number, wave in enumerate(looks) if not wave.forced]
+    assert [len(looks[number]) for number in asking] == [1] * 10
+    assert [len(looks[number + 1]) for number in asking] == [9] * 10  # as many letters, since the text must not end
+    decoded = sum(answer.sampled_tokens for request, answer in played if isinstance(request, Wave | Check))
+    *_, (last, _), (aligned, _) = played
+    assert isinstance(last, Iteration)
+    assert last.sampled_tokens == decoded
+    assert aligned.samples == 64
+    without = searched(AISP(**SMALL, guidance=0))
+    assert without.samples == 64
+    assert aligned.trace[1].reward_calls > without.trace[0].reward_calls + 80
 
 
 def test_the_first_wave_is_the_same_with_it_and_without():
@@ -178,7 +200,7 @@ def test_a_real_model_is_led_too(control_kl):
     chat = [{"role": "user", "content": "Hello, my parcel is late."}]
     sampling = Sampling(max_tokens=12)
     found = align(engine, reward, AISP(samples=32, iterations=4, control_kl=control_kl), chat, sampling=sampling)
-    [led] = [each for each in found.candidates if (each.iteration, each.row) == (1, 0)]
+    [led] = [each for each in found.candidates if each.iteration == 1]
     assert led.cut == len(led.tokens)
     spread = torch.tensor([each.reward for each in found.candidates if each.iteration == 0]).std()
     alone = align(engine, reward, ARGS(weight=32.0 / float(spread)), chat, sampling=sampling)
