@@ -2,17 +2,22 @@
 
 Why: a method of many parts may owe everything to one of them. An ingredient that is an option of `AISP` is changed by
 that option; one that is not is replaced in a small subclass here, which overrides a verb and leaves the rest alone.
-All arms decode whole waves and take no guided text as a parent, so that nothing else differs; two show what rows in the
-places of others, and a guided text where the reward understands unfinished texts, change.
-The prompts are dev prompts, since what is learnt here may change the method; the reward, the gold reward, the
-log-probability of the answers and the costs stand beside each other. Runs are kept one by one, as in
-`benchmarks.quality`.
+All arms decode whole waves and take no guided text as a parent, so that nothing else differs; the last three show what
+rows in the places of others change, a guided text where the reward understands unfinished texts, and both, which is how
+a user gets it. The reward, the gold reward, the log-probability of the answers and the costs stand beside each other.
+
+A second question needs the same runs: would tuning have paid? The arms that are options of `AISP` are settings that a
+user might have tried, and the best of them is known afterwards. What the default is better than a plain sample, as a
+share of what that one is, is told of each pair. On dev prompts the arms may still change the method; once it is frozen,
+`--split test` asks both questions of prompts that nothing was chosen on.
+
+Runs are kept one by one, as in `benchmarks.quality`.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.common import save
 from benchmarks.pairs import PAIRS, RUNS, Sources, add_sources, sources_of
-from benchmarks.quality import Questions, compare, possible, run_arms, show
+from benchmarks.quality import Questions, compare, mean, possible, run_arms, show, traces
 from langchain_aisp.evaluation.arms import Arm
 from langchain_aisp.methods import AISP, BestOfN, PublishedAISP
 from langchain_aisp.methods.aisp import AISPState
@@ -33,8 +38,7 @@ from langchain_aisp.methods.weights import complete_first, importance_weights
 from langchain_aisp.noise import fold, uniform, wave_keys
 from langchain_aisp.types import Info, Method, Problem, Rollouts, Sampling, Wave, require
 
-DEFAULT = "default"
-WAVE = 32
+DEFAULT, USED = "default", "overlap and guidance"
 ALIKE = 1e6  # a reward temperature at which all parents weigh the same
 _CUTS, _PARENTS, _SHARES = -1, -2, -3  # folded into keys; negative, since rows fold their own numbers into them
 
@@ -275,15 +279,13 @@ def _row_keys(state: AISPState, purpose: int, count: int) -> Tensor:
 
 def arms(samples: int, sampling: Sampling) -> list[Arm]:
     """The default first, then one arm per change, named by what it changes."""
-    waves = max(1, samples // WAVE)
-    size: dict[str, Any] = {"samples": samples, "iterations": waves, "overlap": 1, "guidance": 0.0}
-    others = [number for number in (1, 2, 4, 8, 16, 32) if number not in (waves, 1) and number <= samples]
+    waves = AISP(samples).iterations
+    wave, size = max(1, samples // waves), {"samples": samples, "overlap": 1, "guidance": 0.0}
+    others = [number for number in (2, 4, 8, 16, 32) if number != waves and number <= samples]
     methods: dict[str, Method[Any]] = {
         DEFAULT: AISP(**size),
-        "overlap: as in the default": AISP(samples=samples, iterations=waves, guidance=0.0),
-        "guidance: as in the default": AISP(samples=samples, iterations=waves, overlap=1),
         "branching: no token ahead": AISP(**size, lookahead=0),
-        "branching: none, plain samples": BestOfN(samples, samples_per_wave=WAVE),
+        "branching: none, plain samples": BestOfN(samples, samples_per_wave=wave),
         "branching: uniform cuts": UniformCuts(**size),
         "branching: uniform positions": UniformPositions(**size),
         "replacement: with": WithReplacement(**size),
@@ -296,8 +298,11 @@ def arms(samples: int, sampling: Sampling) -> list[Arm]:
         **{f"control: per position, {kl:g} nats": PositionControl(**size, control_kl=kl) for kl in (0.1, 0.3)},
         **{f"waves: {number}": AISP(**{**size, "iterations": number}) for number in others},
         **{f"decode: cooling {each:g}": AISP(**size, cooling=each) for each in (0.0, 0.5, 1.0)},
-        "published: argmax": PublishedAISP(WAVE, waves),
-        "published: sample": PublishedAISP(WAVE, waves, decode="sample"),
+        "published: argmax": PublishedAISP(wave, waves),
+        "published: sample": PublishedAISP(wave, waves, decode="sample"),
+        "overlap: with": AISP(samples, guidance=0.0),
+        "guidance: with": AISP(samples, overlap=1),
+        USED: AISP(samples),
     }
     return [Arm(label, method, sampling, samples) for label, method in methods.items()]
 
@@ -313,7 +318,8 @@ class Plan:
 
     Attributes:
         samples: Responses that a search may decode.
-        prompts: Dev prompts of each pair.
+        prompts: Prompts of each pair.
+        split: Of which split.
         temperature: Of the requests; 1 is how a user gets it.
         workers: Processes.
         folder: Where single runs are kept.
@@ -321,6 +327,7 @@ class Plan:
 
     samples: int = 128
     prompts: int = 30
+    split: str = "dev"
     temperature: float = 1.0
     workers: int = 2
     folder: Path = RUNS / "ablations"
@@ -331,28 +338,47 @@ def ablate(pair: str, sources: Sources, plan: Plan) -> dict[str, Any]:
     sampling = Sampling(max_tokens=PAIRS[pair].max_tokens, temperature=plan.temperature)
     numbers = range(len(arms(plan.samples, sampling)))
     makers = [partial(arm_at, number, plan.samples, sampling) for number in numbers]
-    asked = Questions(pair, sources, "dev", plan.prompts)
-    told = compare(run_arms(asked, makers, plan.folder, plan.workers), DEFAULT)
+    asked = Questions(pair, sources, plan.split, plan.prompts)
+    paths = run_arms(asked, makers, plan.folder, plan.workers)
+    told = compare(paths, DEFAULT)
     show(f"{pair} at {plan.samples} samples", told, DEFAULT)
-    return told
+    plain = mean([trace[0]["mean"] for trace in traces(paths[USED], told["prompt_ids"])])
+    options = [each.label for each in arms(plan.samples, sampling) if type(each.method) is AISP]
+    found = closeness({name: told["arms"][name]["reward"]["mean"] for name in options}, plain)
+    print(f"{pair}: the default earns {found['share']:.3f} of what {found['best']} earns beyond a plain sample")
+    return {**told, "tuning": found}
+
+
+def closeness(rewards: Mapping[str, float], plain: float) -> dict[str, Any]:
+    """How near the default as a user gets it comes to the best of some settings.
+
+    Args:
+        rewards: Mean rewards of the settings, with ``USED`` among them.
+        plain: That of a plain sample; a reward's zero means nothing.
+    """
+    best = max(rewards, key=lambda name: rewards[name])
+    share = (rewards[USED] - plain) / max(rewards[best] - plain, 1e-9)
+    return {"plain": plain, "default": rewards[USED], "best": best, "tuned": rewards[best], "share": share}
 
 
 def main() -> None:
-    """Ablate on two pairs."""
+    """Ablate on two pairs, or others."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=["demo", "similarity"])
     add_sources(parser)
     parser.add_argument("--samples", type=int, default=Plan.samples)
-    parser.add_argument("--prompts", type=int, default=Plan.prompts, help="dev prompts of each pair")
+    parser.add_argument("--prompts", type=int, default=Plan.prompts, help="prompts of each pair")
+    parser.add_argument("--split", choices=("dev", "test"), default=Plan.split)
     parser.add_argument("--temperature", type=float, default=Plan.temperature)
     parser.add_argument("--workers", type=int, default=Plan.workers, help="processes of one thread each")
     parser.add_argument("--runs", type=Path, default=Plan.folder, help="where single runs are kept")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    plan = Plan(args.samples, args.prompts, args.temperature, args.workers, args.runs)
+    plan = Plan(args.samples, args.prompts, args.split, args.temperature, args.workers, args.runs)
     sources = sources_of(args)
     told = {pair: ablate(pair, sources, plan) for pair in possible(args.pairs, sources)}
-    save("ablations", {"samples": plan.samples, "temperature": plan.temperature, "pairs": told})
+    settings = {"samples": plan.samples, "split": plan.split, "temperature": plan.temperature}
+    save("ablations", {**settings, "pairs": told})
 
 
 if __name__ == "__main__":

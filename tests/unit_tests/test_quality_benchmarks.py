@@ -177,7 +177,6 @@ def toy(monkeypatch: pytest.MonkeyPatch):
         )
         monkeypatch.setitem(PAIRS, "toy", pair)
         monkeypatch.setattr(quality, "WAVE", 4)
-        monkeypatch.setattr(ablations, "WAVE", 4)
         pairs.open_pair.cache_clear()
         yield pair
     pairs.open_pair.cache_clear()
@@ -460,6 +459,7 @@ def test_every_arm_of_the_ablations_spends_the_same_samples_and_is_told_beside_t
     assert {label.split(":")[0] for label in labels[1:]} == {
         "overlap",
         "guidance",
+        "overlap and guidance",
         "branching",
         "replacement",
         "population",
@@ -471,8 +471,16 @@ def test_every_arm_of_the_ablations_spends_the_same_samples_and_is_told_beside_t
     }
     assert {row["samples"] for row in told["arms"].values()} == {8}
     assert set(told["arms"]["replacement: with"]["default_ahead"]) == {"reward", "gold"}
+    assert told["tuning"]["default"] == told["arms"][ablations.USED]["reward"]["mean"]
+    assert told["tuning"]["share"] <= 1
     settings = [next(iter(read_log(path)[0]["methods"].values())) for path in tmp_path.glob("*.jsonl")]
     assert len(settings) == len(set(settings)) == len(labels)  # no arm is another one under a second name
+
+
+def test_tuning_is_judged_from_a_plain_sample_on() -> None:
+    found = ablations.closeness({ablations.USED: 9.0, "worse": 4.0, "better": 9.5}, plain=-1.0)
+    assert found["share"] == pytest.approx(10 / 10.5)
+    assert (found["best"], found["plain"]) == ("better", -1.0)
 
 
 def test_arms_survive_the_way_to_another_process() -> None:
@@ -485,7 +493,7 @@ def test_arms_survive_the_way_to_another_process() -> None:
 def test_the_default_of_the_ablations_is_the_default(engine) -> None:
     reward = as_reward(lambda chat, responses: [float(len(text)) for text in responses], name="long")
     arm = ablations.arms(128, SAMPLING)[0]
-    assert arm.method == AISP(samples=128, iterations=4, overlap=1, guidance=0)
-    assert ablations.arms(128, SAMPLING)[1].method == AISP(samples=128, iterations=4, guidance=0)
-    assert ablations.arms(128, SAMPLING)[2].method == AISP(samples=128, iterations=4, overlap=1)
+    assert arm.method == AISP(samples=128, overlap=1, guidance=0)
+    last = ablations.arms(128, SAMPLING)[-1]
+    assert (last.label, last.method) == (ablations.USED, AISP(samples=128))
     assert align(engine, reward, arm.method, CHAT, sampling=SAMPLING).samples == 128
