@@ -157,7 +157,8 @@ class AISPState:
         looked_at: Branches whose beginnings are scored before these rows are chosen; 0 for none.
         cuts: [M, L] log-weights of the positions at which parents are cut; None without credit, see ``credited``.
         branches: What the next rows begin with, once it has been chosen by ``credited``.
-        guided: A text that ``credited`` is told how to write; once it has ended, it is the next wave.
+        guided: A text that ``credited`` is told how to write.
+        nats: What a unit of the reward is worth in it; 0 where none is written.
     """
 
     problem: Problem
@@ -175,6 +176,7 @@ class AISPState:
     cuts: Tensor | None = None
     branches: Branches | None = None
     guided: Guided | None = None
+    nats: float = 0.0
 
     @property
     def flying(self) -> int:
@@ -190,37 +192,69 @@ class AISPState:
     def beginnings(self) -> Wave | None:
         """Unfinished texts of which ``credited`` wants the rewards; None if there are none.
 
-        Asked for when the reward understands such texts: those of a text that is written token by token, then those of
-        the parents, then those of branches.
+        Asked for when the reward understands such texts: those of a text that it leads, those of the parents, and those
+        of branches.
         """
-        if self.population is None or self.branches is not None:
+        if self.population is None:
             return None
         if self.guided is not None:
             return self.guided.wave
+        if self.branches is not None:
+            return None
         if self.cuts is None:
             wave = beginnings(self.population, self.problem)
             return wave if len(wave) else None
         return looks(self.population, self._candidates, self.problem) if len(self._candidates) else None
 
     def credited(self, rollouts: Rollouts, rewards: Tensor) -> AISPState:
-        """With one more token, or then credit per position, or then branches chosen, from the beginnings' rewards."""
+        """With one more token, with credit per position, or with branches chosen, from the beginnings' rewards."""
         assert self.population is not None, "without parents there are no beginnings to have been scored"
         if self.guided is not None:
-            return self._led(self.guided.told(rollouts, rewards))
+            return self._with(self.guided.told(rollouts, rewards))
         if self.cuts is None:
             return replace(self, cuts=cut_log_weights(self.population, rewards_to_go(self.population, rewards)))
-        keys = fold(fold(fold(self.problem.prompt.key, self.waves), _LOOKED), self._candidates.nodes)
-        gained = gains(self.population, self._candidates, rewards)
-        return replace(self, branches=best_looking(self._candidates, gained, keys, self.next_rows))
+        branches, gained = self._candidates, gains(self.population, self._candidates, rewards)
+        keys = fold(fold(fold(self.problem.prompt.key, self.waves), _LOOKED), branches.nodes)
+        guided = self.unled()
+        if guided is None:
+            return replace(self, branches=best_looking(branches, gained, keys, self.next_rows))
+        best = int(gained.argmax())
+        others = torch.arange(len(branches)) != best
+        return replace(
+            self,
+            branches=best_looking(branches.take(others), gained[others], keys[others], self.next_rows - 1),
+            guided=guided.after(
+                self.population, branches.take(slice(best, best + 1)), ended=rollouts.responses[best].complete
+            ),
+        )
 
-    def _led(self, guided: Guided) -> AISPState:
-        """With another token of the guided text; when it has ended, it is an iteration of its own."""
-        if not guided.finished:
+    @cached_property
+    def led(self) -> Guided | None:
+        """The first of the next rows, if the reward has led it."""
+        return self.guided if self.guided is not None and self.guided.finished else None
+
+    @cached_property
+    def sources(self) -> Population:
+        """What the next rows may keep the beginnings of: the parents, and after them the text that was led."""
+        assert self.population is not None, "without parents there is nothing to keep"
+        return self.population if self.led is None else self.led.beside(self.population)
+
+    def _with(self, guided: Guided) -> AISPState:
+        """With another token of the text that is led; one from scratch is an iteration of its own."""
+        if self.branches is not None or not guided.finished:
             return replace(self, guided=guided)
-        if not guided.tokens:  # there was no room for any
-            return replace(self, guided=None)
-        first, *rest = self.ends
-        return replace(self, guided=guided, ends=(first, first + 1, *(end for end in rest if end > first + 1)))
+        then = self.drawn + 1
+        before, after = [end for end in self.ends if end < then], [end for end in self.ends if end > then]
+        return replace(self, guided=guided, ends=(*before, then, *after))
+
+    def unled(self) -> Guided | None:
+        """A text that is to be led, for no more reward calls than the looks at branches take; None for none."""
+        most = self.looked_at // CANDIDATES
+        if self.nats == 0 or most == 0:
+            return None
+        length = self.problem.sampling.max_tokens
+        [keys] = wave_keys(self.problem.prompt.key, -1 - self.waves, torch.arange(1), length)  # no row has these
+        return Guided(self.problem, self.nats, most, keys)
 
     @cached_property
     def _candidates(self) -> Branches:
@@ -249,8 +283,8 @@ class AISP:
     The first wave is plain samples, the same as those of ``BestOfN`` with the same seed, so the answer is never worse
     than Best-of-n of that wave. With a reward that understands unfinished texts, each position of a parent is credited
     with what follows it, and parents are cut where they lose, see ``methods.credit``; and branches are chosen by what
-    their first token gains, see ``methods.lookahead``; and after the first wave one text is written as the reward leads
-    it at every token, see ``methods.guided``.
+    their first token gains, see ``methods.lookahead``; and one of each wave's texts, the first of them from scratch, is
+    led by the reward at every token, see ``methods.guided``.
 
     Attributes:
         samples: Responses in all, as in ``BestOfN``: equal numbers are equal cost.
@@ -267,8 +301,8 @@ class AISP:
             decoded: their beginnings are scored up to the branching token, and what gains by it is decoded. 0 looks at
             none.
         guidance: With such a reward, how many nats a standard deviation of the first wave's rewards is worth at each
-            token of the text that is written so. 0 writes none; nor is one written that would cost more reward calls
-            than all looks at branches, ten per token, or where rewards do not differ.
+            token of the texts that it leads, ten calls of it per token, up to as many calls as the wave's looks at
+            branches take. 0 leads none, nor are any led where rewards do not differ.
     """
 
     samples: int = 256
@@ -336,17 +370,15 @@ class AISP:
         observe: set[Observable] = {"alternatives" if problem.allowed is None else "unchecked_alternatives"}
         if self.control_kl > 0:
             observe.add("scores")
-        if state.guided is not None and state.guided.finished:
-            return state.guided.saying(frozenset(observe))
         length = problem.sampling.max_tokens
         keys = wave_keys(problem.prompt.key, state.waves, torch.arange(count), length)
         prefix, cut = torch.zeros_like(keys), torch.zeros(count, dtype=torch.int64)
         if state.population is not None and count > 0:
-            branches = draw_branches(state, count) if state.branches is None else state.branches.take(slice(count))
+            branches = self._branches(state, count)
             before = torch.arange(length) < branches.positions[:, None]
             found = len(branches)  # fewer than asked when the tree is nearly exhausted; plain samples fill up
-            keys[:found] = torch.where(before, state.population.keys[branches.parents], keys[:found])
-            prefix[:found] = torch.where(before, state.population.tokens[branches.parents], 0)
+            keys[:found] = torch.where(before, state.sources.keys[branches.parents], keys[:found])
+            prefix[:found] = torch.where(before, state.sources.tokens[branches.parents], 0)
             prefix[torch.arange(found), branches.positions] = branches.tokens
             cut[:found] = branches.positions + 1
         sampling = problem.sampling if state.population is None else self._cooled(problem.sampling)
@@ -377,7 +409,7 @@ class AISP:
             population = population.within(state.problem.allowed)
         positions = torch.arange(rows.tokens.shape[1])
         written = positions < rows.lengths[:, None]
-        entered = written & (positions >= wave.cut[:, None] - 1)  # from the branching token on
+        entered = written & (positions >= self._branching(state, wave)[:, None])
         drawn, evidence = state.drawn + len(ended), state.evidence
         weights = self._weights(population, drawn)
         if self.control_kl > 0:
@@ -393,12 +425,15 @@ class AISP:
             weights=weights,
             cuts=None,
             branches=None,
-            guided=self._guided(state, population, rewards),
+            guided=None,
+            nats=self._nats(rewards) if state.population is None else state.nats,
             visited=torch.cat([state.visited, rows.nodes[entered]]).unique(),
             evidence=evidence,
         )
         count = self.wave_size(after)
         after = replace(after, next_rows=count, looked_at=count * self.lookahead)
+        if state.population is None and count > 0:
+            after = replace(after, guided=after.unled())
         return after, {"ess": effective_sample_size(weights), "control_kl": self.control_kl}
 
     def _enough(self, state: AISPState, count: int) -> int | None:
@@ -437,16 +472,24 @@ class AISP:
         broad, narrow = _ESS
         return population.weights(broad + (narrow - broad) * min(1.0, drawn / self.samples))
 
-    def _guided(self, state: AISPState, population: Population, rewards: Tensor) -> Guided | None:
-        """A text to be written, by the first wave's rewards [N]; None at other times, or where it would not pay."""
-        if state.population is not None or self.guidance == 0 or len(state.ends) == 1:
-            return None
-        if len(rewards) < 2 or rewards.min() == rewards.max():  # these do not say what a unit is worth
-            return None
-        candidates = min(CANDIDATES, population.alternatives.shape[2])
-        if candidates * state.problem.sampling.max_tokens > self.lookahead * self.samples:
-            return None
-        return Guided(state.problem, self.guidance / float(rewards.std()), candidates)
+    def _nats(self, rewards: Tensor) -> float:
+        """What a unit of the reward is worth where it leads a text, by the first wave's rewards [N]; 0 for nothing."""
+        spread = float(rewards.std()) if len(rewards) > 1 else 0.0
+        return self.guidance / spread if spread > 0 else 0.0
+
+    def _branches(self, state: AISPState, count: int) -> Branches:
+        """What so many new rows begin with, at most, in ``state.sources``: first the text that the reward has led."""
+        branches = draw_branches(state, count) if state.branches is None else state.branches
+        if state.led is not None and state.led.tokens:
+            branches = state.led.branch(state.sources).join(branches)
+        return branches.take(slice(count))
+
+    def _branching(self, state: AISPState, wave: Wave) -> Tensor:
+        """Where the rows [N] leave what was there before: at their branching tokens."""
+        places = wave.cut - 1
+        if state.led is not None and state.flying < len(wave):
+            places[state.flying] = state.led.begun - 1
+        return places
 
     def _steering(self, state: AISPState) -> SharedSteering | None:
         if self.control_kl == 0 or state.population is None:
@@ -461,9 +504,7 @@ class AISP:
         scores = rollouts.observed.get("scores", logprobs[..., :0])
         if state.population is not None:
             old, new = slice(state.flying), slice(state.flying, None)
-            guided = state.guided if state.guided is not None and state.guided.finished else None
-            sources = state.population if guided is None else guided.beside(state.population)
-            source = parents_of(sources, nodes[new], wave.cut[new])
+            source = parents_of(state.sources, nodes[new], wave.cut[new])
             before = (torch.arange(nodes.shape[1]) < wave.cut[:, None])[..., None]
 
             def completed(name: str, seen: Tensor) -> Tensor:
@@ -471,7 +512,7 @@ class AISP:
                 found = torch.empty_like(seen)
                 if state.flight is not None:
                     torch.where(before[old], getattr(state.flight.rows, name), seen[old], out=found[old])
-                torch.where(before[new], getattr(sources, name)[source], seen[new], out=found[new])
+                torch.where(before[new], getattr(state.sources, name)[source], seen[new], out=found[new])
                 return found
 
             alternatives = completed("alternatives", alternatives)

@@ -47,6 +47,11 @@ class Branches:
         """The branches with these indices."""
         return Branches(self.parents[rows], self.positions[rows], self.tokens[rows], self.nodes[rows])
 
+    def join(self, others: Branches) -> Branches:
+        """These, and then the others."""
+        fields = self.__dataclass_fields__
+        return Branches(*(torch.cat([getattr(self, name), getattr(others, name)]) for name in fields))
+
 
 def looks(population: Population, branches: Branches, problem: Problem) -> Wave:
     """The branches up to their tokens, and below them the parents up to theirs, in a wave that decodes nothing."""

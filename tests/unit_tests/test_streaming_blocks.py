@@ -23,7 +23,7 @@ PARTIAL, WHOLE = as_reward(kind, partial=True), as_reward(kind)
 
 
 def model(**settings) -> AISPChatModel:
-    given = {"reward": PARTIAL, "method": AISP(samples=8, iterations=2), "max_tokens": 16, "commit_every": 4}
+    given = {"reward": PARTIAL, "method": AISP(8, 2, guidance=0), "max_tokens": 16, "commit_every": 4}
     return AISPChatModel(model="demo", **{**given, **settings})
 
 
