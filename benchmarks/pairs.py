@@ -375,10 +375,11 @@ class LatentSemantics:
 @cache
 def latent_semantics(sources: Sources) -> LatentSemantics:
     """Embeddings fitted on replies of the train split."""
-    return LatentSemantics.fit(list(_replies(sgd_dialogues(sources, "train")[:_REPLIES_OF])))
+    return LatentSemantics.fit(list(replies(sgd_dialogues(sources, "train")[:_REPLIES_OF])))
 
 
-def _replies(dialogues: Sequence[Sequence[dict[str, str]]]) -> Iterator[str]:
+def replies(dialogues: Sequence[Sequence[dict[str, str]]]) -> Iterator[str]:
+    """What the assistant says in some dialogues."""
     yield from (turn["content"] for dialogue in dialogues for turn in dialogue if turn["role"] == "assistant")
 
 
