@@ -65,12 +65,12 @@ def grids(pair: Pair, samples: int) -> Grids:
         OURS: [f"aisp:{each}" for each in at],
         "aisp at temperature 1": ["aisp"],
         "published": [
-            *(f"{published},sigma={sigma},reward_temperature=0.5" for sigma in (0.5, 0.7071, 1.0, 1.5, 2.2)),
+            *(f"{published},sigma={sigma},reward_temperature=0.5" for sigma in (0.35, 0.5, 0.7071, 1.0, 1.5, 2.2)),
             *(f"{published},sigma=1.0,reward_temperature={each}" for each in (0.3, 1.0)),
         ],
-        "args": [f"args:weight={weight}" for weight in (0.5, 1.5, 6, 25, 100)],
+        "args": [f"args:weight={weight}" for weight in (0.1, 0.5, 1.5, 6, 25, 100)],
         "args in 8 chains": [
-            f"args:weight={weight},chains=8,temperature={each}" for weight in (1.5, 6, 25) for each in (0.3, 1.0)
+            f"args:weight={weight},chains=8,temperature={each}" for weight in (0.5, 1.5, 6, 25) for each in (0.3, 1.0)
         ],
         "recontrol": [f"recontrol:steps=10,step_size={size}" for size in (0.1, 0.3, 1.0)],
         "recontrol best of n": [f"{best_of},step_size={size},{each}" for size in (0.1, 0.5) for each in (warm, hot)],
