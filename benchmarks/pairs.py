@@ -386,7 +386,7 @@ def replies(dialogues: Sequence[Sequence[dict[str, str]]]) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
 
-_DEMO_HEAT, _SGD_HEAT = (0.2, 0.3, 0.4, 0.5, 0.7), (0.5, 0.7, 0.85, 1.0, 1.2)
+_DEMO_HEAT, _SGD_HEAT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7), (0.5, 0.7, 0.85, 1.0, 1.2)
 
 PAIRS = {
     "demo": Pair(demo_engine, demo_prompts, demo_judge, checker, 80, _DEMO_HEAT),

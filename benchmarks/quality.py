@@ -55,7 +55,7 @@ Grids = dict[str, list[str]]
 def grids(pair: Pair, samples: int) -> Grids:
     """The rivals; a grid of one leaves nothing to choose."""
     wave, at = min(WAVE, samples), [f"temperature={each:g}" for each in pair.temperatures]
-    warm, hot = at[1], at[3]
+    warm, hot = at[-4], at[-2]
     plain = f"best_of_n:samples_per_wave={AT_ONCE}"
     published = f"published:samples_per_iteration={wave}"
     best_of = f"recontrol:best_of={samples},steps=10"
