@@ -109,10 +109,18 @@ def quality(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 _SEARCHES = ("best_of_n", "aisp", "aisp at temperature 1", "published", "qalign", "misvo")
 
+
+def overoptimisation(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Gold reward of the best answer so far, by what the search looked for."""
+    lines = {arm["arm"]: [(point["samples"], point["gold"]["mean"]) for point in arm["curve"]] for arm in found["arms"]}
+    yield "overoptimisation", picture("Gold reward of the best answer", "samples", "gold reward", lines)
+
+
 DRAWINGS: Mapping[str, Drawing] = {
     "concurrency": concurrency,
     "scaling": scaling,
     "frontier": frontier,
+    "overoptimisation": overoptimisation,
     **{f"quality-{pair}": quality for pair in PAIRS},
 }
 

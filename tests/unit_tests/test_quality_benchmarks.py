@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import ablations, common, pairs, plots, preferences, quality
+from benchmarks import ablations, common, overoptimisation, pairs, plots, preferences, quality
 from benchmarks.pairs import PAIRS, LatentSemantics, Pair, Sources
 from langchain_aisp.align import align
 from langchain_aisp.demo import LANGUAGE_MODEL_PATH
@@ -497,3 +497,36 @@ def test_the_default_of_the_ablations_is_the_default(engine) -> None:
     last = ablations.arms(128, SAMPLING)[-1]
     assert (last.label, last.method) == (ablations.USED, AISP(samples=128))
     assert align(engine, reward, arm.method, CHAT, sampling=SAMPLING).samples == 128
+
+
+# -- over-optimisation ------------------------------------------------------------------------------------------------
+
+
+def test_over_optimisation_is_told_by_golds_as_the_search_goes_on(sources, monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(overoptimisation, "DIALOGUES", 6)
+    monkeypatch.setitem(PAIRS, "similarity", replace(PAIRS["similarity"], max_tokens=8))
+    folders = ["--model", str(sources.model), "--data", str(sources.data)]
+    monkeypatch.setattr(sys, "argv", ["overoptimisation", *folders, "--samples", "32", "--prompts", "2"])
+    overoptimisation.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    named = {arm["arm"]: arm for arm in found["arms"]}
+    assert list(named) == ["best of n", "one", "mean", "lower bound", "one, floor -20", "one, floor -40"]
+    for arm in named.values():
+        assert arm["curve"][-1]["samples"] == 32
+        assert arm["gold"]["mean"] == pytest.approx(arm["curve"][-1]["gold"]["mean"])
+        assert 0 <= arm["gold"]["mean"] <= 10
+        assert arm["reward"]["mean"] == pytest.approx(arm["curve"][-1]["reward"])
+    assert named["one"]["base_logprob"]["mean"] < 0
+    [picture] = plots.draw(tmp_path).values()
+    assert picture.count("<polyline") >= 5
+
+
+def test_members_of_an_ensemble_read_dialogues_of_their_own(sources) -> None:
+    opened = pairs.open_pair("similarity", sources, "dev", 2)
+    rewards = overoptimisation.members(opened, [[{"role": "assistant", "content": f"word{n}"}] for n in range(200)])
+    prompt = opened.prompts[0]
+    said = [(prompt.messages, Response(str(prompt.reference)))]
+    assert len(rewards) == overoptimisation.MEMBERS
+    assert len({reward.fingerprint for reward in rewards}) == len(rewards)
+    assert all(reward.submit(said).future.result().isfinite().all() for reward in rewards)
