@@ -216,7 +216,7 @@ class AISPState:
         branches, gained = self._candidates, gains(self.population, self._candidates, rewards)
         keys = fold(fold(fold(self.problem.prompt.key, self.waves), _LOOKED), branches.nodes)
         guided = self.unled()
-        if guided is None:
+        if guided is None or len(branches) == 1:
             return replace(self, branches=best_looking(branches, gained, keys, self.next_rows))
         best = int(gained.argmax())
         others = torch.arange(len(branches)) != best

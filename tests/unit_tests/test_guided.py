@@ -193,6 +193,16 @@ def test_where_it_would_not_pay_none_is_written(changed, sampling):
     assert all(wave.forced and bool(((wave.prefix >= 0).sum(dim=1) == wave.cut).all()) for wave in looks)
 
 
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_tree_is_led_until_nothing_is_left_of_it(length):
+    """Two letters: there are soon fewer branches than are wanted, then one, then none."""
+    engine, sampling = ToyEngine(letters=2, alternatives=3), Sampling(max_tokens=length)
+    method = AISP(samples=64, iterations=8)
+    found = outcome(play(method, engine, counts("b"), sampling, partial=True))
+    assert found.samples == 64
+    assert found.best.response.text == "b" * max(1, length - 1)  # complete ones come first, if there are any
+
+
 def test_equal_rewards_lead_nowhere():
     played = play(AISP(**SMALL), toy(), lambda response: 1.0, SAMPLING, partial=True)
     looks = [request.wave for request, _ in played if isinstance(request, Check)]
