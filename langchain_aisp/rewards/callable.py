@@ -53,8 +53,8 @@ def as_reward(
         sees: ``"text"`` passes the candidates as strings, ``"response"`` as ``Response`` records.
         fingerprint: Identity for cache keys. Unless given, it is derived from the code, see ``CallableReward``.
         partial: The promise that a candidate may stop anywhere, also amid a word, and that the scores of its beginnings
-            are worth comparing. ``AISP`` then cuts responses where they lose, and ``commit_every`` is possible. A
-            reward can be promised this, too.
+            are worth comparing. ``AISP`` then asks for many of them, to cut responses where they lose and to lead
+            others where they gain, and ``commit_every`` is possible. A reward can be promised this, too.
         spans: ``fn`` returns for each candidate what its pieces are worth instead of one number: a list of
             ``(start, end, value)``, in characters of its text. The score is their sum, and ``partial`` is understood.
         waits: Whether ``fn`` mostly waits for somebody else, such as a server. Then candidates are scored as soon as
