@@ -85,6 +85,40 @@ def test_restricting_keeps_what_a_plain_loop_keeps(seed: int, top_p: float, top_
         assert torch.equal(kept[row].isfinite() * logits[row].nan_to_num(), kept[row].nan_to_num(neginf=0.0))
 
 
+@pytest.mark.parametrize("spread", [0.5, 3.0, 8.0])
+@pytest.mark.parametrize(
+    ("top_p", "top_k"), [(0.1, 0), (0.9, 0), (0.999, 0), (0.9, 50), (0.2, 400), (0.5, 1000), (1.0, 20)]
+)
+def test_of_many_tokens_the_same_are_kept(spread: float, top_p: float, top_k: int) -> None:
+    logits = spread * logits_for(7, 4, 5000) / 2
+    kept = restrict(logits, torch.full((4,), top_p), torch.full((4,), top_k)).isfinite()
+    for row, inside in zip(logits.tolist(), kept, strict=True):
+        expected = allowed_by_a_plain_loop(row, top_p, top_k)
+        assert len(set(inside.nonzero().flatten().tolist()) ^ expected) <= 1  # rounding may decide about the last one
+
+
+@pytest.mark.parametrize(
+    ("top_p", "top_k", "sorted_"),
+    [(0.9, 0, [256]), (0.9999999, 0, [256, 5000]), (1.0, 9, [256]), (0.5, 999, [256, 5000])],
+)
+def test_all_tokens_are_sorted_only_where_the_likeliest_are_not_enough(top_p, top_k, sorted_, monkeypatch) -> None:
+    looked_at: list[int] = []
+    topk, sort = Tensor.topk, Tensor.sort
+    monkeypatch.setattr(Tensor, "topk", lambda self, k: looked_at.append(k) or topk(self, k))
+    monkeypatch.setattr(Tensor, "sort", lambda self, **how: looked_at.append(self.shape[1]) or sort(self, **how))
+    restrict(4 * logits_for(7, 4, 5000), torch.full((4,), top_p), torch.full((4,), top_k))
+    assert looked_at == sorted_
+
+
+def test_rows_keep_the_same_beside_others() -> None:
+    logits = torch.cat([logits_for(8, 3, 2000) * 3, logits_for(9, 3, 2000) / 4])
+    top_p, top_k = torch.tensor([0.3, 0.9, 0.95, 0.5, 1.0, 0.8]), torch.tensor([0, 0, 7, 0, 30, 0])
+    together = restrict(logits, top_p, top_k)
+    for row in range(6):
+        one = slice(row, row + 1)
+        assert torch.equal(together[one], restrict(logits[one], top_p[one], top_k[one]))
+
+
 def test_restricted_draws_stay_inside_and_reach_everything_inside() -> None:
     logits = logits_for(4, 1, 12)
     tokens = drawn(logits.expand(COUNT, -1), uniform(fold(5, torch.arange(COUNT))), top_p=0.9, top_k=6)
