@@ -446,16 +446,17 @@ class Rows:
     def _go_on(self, cache: Cache, prompt: Any) -> Any:
         """The store that the first rows come with, the others in places that are free there; None if there is none.
 
-        Rows that have ended already get a place like others, so that the store keeps its size for the waves to come.
+        Rows that have ended already get no place, and nothing of them is read.
         """
         count, whole = len(self.index), len(self.index) == len(self.wave)
-        found = self.wave.held.take(count) if whole and self.wave.held is not None else None
+        found = self.wave.held.take(len(self.live)) if whole and self.wave.held is not None else None
         if found is None:
             return None
         store, places, free = found
         assert self.wave.held is not None
         self._going_on = self.wave.held.matchers
         others = torch.arange(len(places), count, device=self.live.device)
+        others = others[self.reason[others] < 0]
         if len(others):
             known, recalled = store.recall(self._chains(others))
             store.put(free[known], recalled)

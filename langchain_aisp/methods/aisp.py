@@ -29,6 +29,7 @@ from langchain_aisp.methods.branching import (
     path_nodes,
 )
 from langchain_aisp.methods.credit import beginnings, cut_log_weights, rewards_to_go
+from langchain_aisp.methods.crossing import Crossings, crossings
 from langchain_aisp.methods.guided import CANDIDATES, Guided
 from langchain_aisp.methods.lookahead import Branches, best_looking, gains, looks
 from langchain_aisp.methods.published import PublishedAISP
@@ -159,6 +160,7 @@ class AISPState:
         branches: What the next rows begin with, once it has been chosen by ``credited``.
         guided: A text that ``credited`` is told how to write.
         nats: What a unit of the reward is worth in it; 0 where none is written.
+        crossed: Crossings of the parents, which nobody has said yet.
     """
 
     problem: Problem
@@ -177,6 +179,7 @@ class AISPState:
     branches: Branches | None = None
     guided: Guided | None = None
     nats: float = 0.0
+    crossed: Crossings | None = None
 
     @property
     def flying(self) -> int:
@@ -234,9 +237,16 @@ class AISPState:
         return self.guided if self.guided is not None and self.guided.finished else None
 
     @cached_property
+    def crossing(self) -> Crossings | None:
+        """What the next wave says, where it has nothing to decode; with credit, branches are better founded."""
+        return self.crossed if self.cuts is None and self.branches is None and self.led is None else None
+
+    @cached_property
     def sources(self) -> Population:
-        """What the next rows may keep the beginnings of: the parents, and after them the text that was led."""
+        """What the next rows may keep the beginnings of: the parents, and after them texts that were led or crossed."""
         assert self.population is not None, "without parents there is nothing to keep"
+        if self.crossing is not None:
+            return self.population.join(self.crossing.texts)
         return self.population if self.led is None else self.led.beside(self.population)
 
     def _with(self, guided: Guided) -> AISPState:
@@ -303,6 +313,9 @@ class AISP:
         guidance: With such a reward, how many nats a standard deviation of the first wave's rewards is worth at each
             token of the texts that it leads, ten calls of it per token, up to as many calls as the wave's looks at
             branches take. 0 leads none, nor are any led where rewards do not differ.
+        crossings: How many crossings of the parents are said for each response that was decoded, where there are so
+            many, see ``methods.crossing``. They are samples as others, and nothing is decoded for them. 0 says none;
+            none are said where a reward understands unfinished texts or a grammar has to be obeyed.
     """
 
     samples: int = 256
@@ -314,6 +327,7 @@ class AISP:
     refill: float = 0.5
     lookahead: int = 8
     guidance: float = 32.0
+    crossings: float = 0.0
 
     def __post_init__(self) -> None:
         """Reject settings that leave nothing to search."""
@@ -331,6 +345,7 @@ class AISP:
         require(0 <= self.refill <= 1, f"refill must be between 0 and 1, got {self.refill}")
         require(self.lookahead >= 0, f"lookahead must not be negative, got {self.lookahead}; 0 looks at no branches")
         require(self.guidance >= 0, f"guidance must not be negative, got {self.guidance}; 0 writes no text by it")
+        require(self.crossings >= 0, f"crossings must not be negative, got {self.crossings}; 0 says none")
 
     @staticmethod
     def published(**settings: Any) -> PublishedAISP:
@@ -370,6 +385,8 @@ class AISP:
         observe: set[Observable] = {"alternatives" if problem.allowed is None else "unchecked_alternatives"}
         if self.control_kl > 0:
             observe.add("scores")
+        if state.crossing is not None:
+            return self._saying(state, state.crossing, frozenset(observe))
         length = problem.sampling.max_tokens
         keys = wave_keys(problem.prompt.key, state.waves, torch.arange(count), length)
         prefix, cut = torch.zeros_like(keys), torch.zeros(count, dtype=torch.int64)
@@ -426,15 +443,42 @@ class AISP:
             cuts=None,
             branches=None,
             guided=None,
+            crossed=None,
             nats=self._nats(rewards) if state.population is None else state.nats,
             visited=torch.cat([state.visited, rows.nodes[entered]]).unique(),
             evidence=evidence,
         )
+        if state.crossing is None:
+            after = replace(after, crossed=self._crossed(after, len(ended)))
         count = self.wave_size(after)
         after = replace(after, next_rows=count, looked_at=count * self.lookahead)
         if state.population is None and count > 0:
             after = replace(after, guided=after.unled())
         return after, {"ess": effective_sample_size(weights), "control_kl": self.control_kl}
+
+    def _crossed(self, state: AISPState, decoded: int) -> Crossings | None:
+        """Crossings to be said after so many decoded responses."""
+        count = min(round(self.crossings * decoded), self._places(state)[1])
+        if count < 1 or state.problem.allowed is not None or state.population is None or len(state.population) < 2:
+            return None
+        sampling, key = state.problem.sampling, state.problem.prompt.key
+        branches = branch_log_weights(state.population.shortened(), state.weights, sampling)
+        return crossings(state.population, branches, state.weights, state.visited, key, state.waves, count)
+
+    def _saying(self, state: AISPState, crossed: Crossings, observe: frozenset[Observable]) -> Wave:
+        """A wave of whole texts, beside the rows that have not ended, of which none has to be waited for."""
+        texts = crossed.texts
+        wave = Wave(
+            state.problem.prompt,
+            texts.tokens.clamp(min=0),
+            texts.lengths,
+            texts.keys,
+            self._cooled(state.problem.sampling),
+            self._steering(state),
+            observe,
+            enough=None if state.flight is None else len(crossed),
+        )
+        return wave if state.flight is None else _beside(state.flight, wave)
 
     def _enough(self, state: AISPState, count: int) -> int | None:
         """How many rows have to end before others take their places; None when there are no others, or may not be."""
@@ -487,7 +531,9 @@ class AISP:
     def _branching(self, state: AISPState, wave: Wave) -> Tensor:
         """Where the rows [N] leave what was there before: at their branching tokens."""
         places = wave.cut - 1
-        if state.led is not None and state.flying < len(wave):
+        if state.crossing is not None:
+            places[state.flying :] = state.crossing.begun[: len(wave) - state.flying]
+        elif state.led is not None and state.flying < len(wave):
             places[state.flying] = state.led.begun - 1
         return places
 
