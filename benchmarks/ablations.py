@@ -2,9 +2,10 @@
 
 Why: a method of many parts may owe everything to one of them. An ingredient that is an option of `AISP` is changed by
 that option; one that is not is replaced in a small subclass here, which overrides a verb and leaves the rest alone.
-All arms decode whole waves and take no guided text as a parent, so that nothing else differs; the last three show what
-rows in the places of others change, a guided text where the reward understands unfinished texts, and both, which is how
-a user gets it. The reward, the gold reward, the log-probability of the answers and the costs stand beside each other.
+All arms decode whole waves, lead no text and cross no parents, so that nothing else differs; the last four show what
+rows in the places of others change, a text that is led where the reward understands unfinished ones, crossings, and all
+of these, which is how a user gets it. The reward, the gold reward, the log-probability of the answers and the costs
+stand beside each other.
 
 A second question needs the same runs: would tuning have paid? The arms that are options of `AISP` are settings that a
 user might have tried, and the best of them is known afterwards. What the default is better than a plain sample, as a
@@ -38,7 +39,7 @@ from langchain_aisp.methods.weights import complete_first, importance_weights
 from langchain_aisp.noise import fold, uniform, wave_keys
 from langchain_aisp.types import Info, Method, Problem, Rollouts, Sampling, Wave, require
 
-DEFAULT, USED = "default", "overlap and guidance"
+DEFAULT, USED = "default", "overlap, guidance and crossings"
 ALIKE = 1e6  # a reward temperature at which all parents weigh the same
 _CUTS, _PARENTS, _SHARES = -1, -2, -3  # folded into keys; negative, since rows fold their own numbers into them
 
@@ -280,7 +281,7 @@ def _row_keys(state: AISPState, purpose: int, count: int) -> Tensor:
 def arms(samples: int, sampling: Sampling) -> list[Arm]:
     """The default first, then one arm per change, named by what it changes."""
     waves = AISP(samples).iterations
-    wave, size = max(1, samples // waves), {"samples": samples, "overlap": 1, "guidance": 0.0}
+    wave, size = max(1, samples // waves), {"samples": samples, "overlap": 1, "guidance": 0.0, "crossings": 0.0}
     others = [number for number in (2, 4, 8, 16, 32) if number != waves and number <= samples]
     methods: dict[str, Method[Any]] = {
         DEFAULT: AISP(**size),
@@ -300,8 +301,9 @@ def arms(samples: int, sampling: Sampling) -> list[Arm]:
         **{f"decode: cooling {each:g}": AISP(**size, cooling=each) for each in (0.0, 0.5, 1.0)},
         "published: argmax": PublishedAISP(wave, waves),
         "published: sample": PublishedAISP(wave, waves, decode="sample"),
-        "overlap: with": AISP(samples, guidance=0.0),
-        "guidance: with": AISP(samples, overlap=1),
+        "overlap: with": AISP(samples, guidance=0.0, crossings=0.0),
+        "guidance: with": AISP(samples, overlap=1, crossings=0.0),
+        "crossings: with": AISP(samples, overlap=1, guidance=0.0),
         USED: AISP(samples),
     }
     return [Arm(label, method, sampling, samples) for label, method in methods.items()]

@@ -288,7 +288,7 @@ def draw_branches(state: AISPState, count: int) -> Branches:
 
 @dataclass(frozen=True)
 class AISP:
-    """Adaptive importance sampling over branches and pre-logit controls; the default.
+    """Adaptive importance sampling over branches, crossings and pre-logit controls; the default.
 
     The first wave is plain samples, the same as those of ``BestOfN`` with the same seed, so the answer is never worse
     than Best-of-n of that wave. With a reward that understands unfinished texts, each position of a parent is credited
@@ -297,7 +297,7 @@ class AISP:
     led by the reward at every token, see ``methods.guided``.
 
     Attributes:
-        samples: Responses in all, as in ``BestOfN``: equal numbers are equal cost.
+        samples: Responses in all, as in ``BestOfN``: so many are scored, and no more than that decoded.
         iterations: Parts of the search with equal shares of them, the first of plain samples; more parts adapt more
             often and decode fewer rows at once. By default 8, or as many as leave each part 32 samples.
         population: M, how many of the best responses may become parents.
@@ -327,7 +327,7 @@ class AISP:
     refill: float = 0.5
     lookahead: int = 8
     guidance: float = 32.0
-    crossings: float = 0.0
+    crossings: float = 1.0
 
     def __post_init__(self) -> None:
         """Reject settings that leave nothing to search."""

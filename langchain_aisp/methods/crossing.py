@@ -17,7 +17,7 @@ from torch import Tensor
 
 from langchain_aisp.methods.branching import Population, path_nodes
 from langchain_aisp.methods.weights import drawn_without_replacement
-from langchain_aisp.noise import fold
+from langchain_aisp.noise import fold, wave_keys
 
 _SPARE = 3  # times as many are drawn as are wanted, since some are known already
 
@@ -73,7 +73,7 @@ def crossings(
     noise = fold(fold(fold(key, wave), population.nodes[first, place]), population.nodes[second, at])
     chosen = drawn_without_replacement(weight, noise, _SPARE * count)
     first, place, second, at = (each[chosen] for each in (first, place, second, at))
-    texts = _texts(population, first, place, second, at, key)
+    texts = _texts(population, first, place, second, at, key, wave)
     ends = texts.nodes.gather(1, texts.lengths[:, None] - 1).squeeze(1)
     new = ~torch.isin(ends, visited)
     _, which = ends.unique(return_inverse=True)
@@ -93,8 +93,14 @@ def _equal(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     return left, order[begin[left] + within]
 
 
-def _texts(population: Population, first: Tensor, place: Tensor, second: Tensor, at: Tensor, key: int) -> Population:
-    """The first parents up to a place and the second ones from theirs on; what is known of the tokens comes along."""
+def _texts(
+    population: Population, first: Tensor, place: Tensor, second: Tensor, at: Tensor, key: int, wave: int
+) -> Population:
+    """The first parents up to a place and the second ones from theirs on.
+
+    What the model thought of the second ones' tokens comes along, though it thought so after other words; their keys do
+    not, since here the tokens are chosen and not drawn.
+    """
     positions = torch.arange(population.tokens.shape[1])
     before = positions < place[:, None]
     shifted = (positions - (place - at)[:, None]).clamp(0, len(positions) - 1)
@@ -111,7 +117,9 @@ def _texts(population: Population, first: Tensor, place: Tensor, second: Tensor,
     return replace(
         population.take(first),
         tokens=tokens,
-        keys=joined(population.keys, 0),
+        keys=torch.where(
+            before, population.keys[first], wave_keys(key, wave, torch.arange(len(first)), len(positions))
+        ),
         lengths=lengths,
         nodes=path_nodes(tokens, key),
         rewards=torch.zeros(len(first)),

@@ -142,7 +142,7 @@ def test_first_branches_are_drawn_in_proportion_to_their_weights():
 
 def test_no_branch_is_drawn_twice_in_a_whole_search():
     seen: set[tuple[int, ...]] = set()
-    for wave, _, _ in waves_and_states(AISP(samples=96, iterations=6)):
+    for wave, _, _ in waves_and_states(AISP(samples=96, iterations=6, crossings=0)):
         begun = [tuple(row[:cut].tolist()) for row, cut in zip(wave.prefix, wave.cut, strict=True) if cut > 0]
         assert len(begun) == len(set(begun))
         assert not seen & set(begun)
@@ -197,7 +197,7 @@ def test_a_cut_off_response_never_displaces_a_complete_one():
 def test_alternatives_of_a_child_are_those_of_its_own_text():
     """What a child keeps of its parent is copied, not decoded: it must equal what decoding would have observed."""
     engine = ToyEngine()
-    for _, state, _ in waves_and_states(AISP(samples=60, iterations=5, control_kl=0.3))[1:]:
+    for _, state, _ in waves_and_states(AISP(samples=60, iterations=5, control_kl=0.3, crossings=0))[1:]:
         members = state.population
         assert members is not None
         keys = members.keys
@@ -227,7 +227,7 @@ def test_alternatives_of_a_child_are_those_of_its_own_text():
 
 
 def test_at_temperature_zero_the_search_starts_from_the_one_greedy_answer():
-    found = waves_and_states(AISP(samples=33, iterations=5), sampling=Sampling(8, temperature=0.0))
+    found = waves_and_states(AISP(samples=33, iterations=5, crossings=0), sampling=Sampling(8, temperature=0.0))
     assert [len(wave) for wave, _, _ in found] == [1, 8, 8, 8, 8]
     texts = [response.text for _, _, rollouts in found for response in rollouts.responses]
     assert len(set(texts)) > 25
@@ -248,7 +248,7 @@ def test_with_equal_samples_branching_beats_best_of_n():
 
 
 def test_what_follows_a_branch_is_drawn_at_a_lower_temperature():
-    method = AISP(samples=24, iterations=3, cooling=0.5, overlap=1)
+    method = AISP(samples=24, iterations=3, cooling=0.5, overlap=1, crossings=0)
     played = play(method, ToyEngine(), spells("badge"), Sampling(max_tokens=10, temperature=0.8))
     waves = [request for request, _ in played if isinstance(request, Wave)]
     assert [wave.sampling.temperature for wave in waves] == [0.8, 0.4, 0.4]

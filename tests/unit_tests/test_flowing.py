@@ -248,7 +248,7 @@ def test_rows_go_on_at_their_own_temperature():
 
 
 def test_an_overlap_of_one_waits_for_whole_waves():
-    whole = toy_waves(AISP(96, 6, overlap=1))
+    whole = toy_waves(AISP(96, 6, overlap=1, crossings=0))
     assert [len(wave) for wave, _ in whole] == [16] * 6
     assert all(rollouts.unfinished is None for _, rollouts in whole)
 
@@ -264,7 +264,7 @@ def test_so_many_iterations_decode_at_once(overlap):
 def test_rewards_that_are_asked_once_per_wave_get_whole_waves(how):
     engine = ToyEngine()
     reward = as_reward(lambda chat, texts: [float(len(text)) for text in texts], **{how: True})
-    align(engine, reward, AISP(32, 4, guidance=0), CHAT, sampling=SAMPLING)
+    align(engine, reward, AISP(32, 4, guidance=0, crossings=0), CHAT, sampling=SAMPLING)
     decoded = [wave for wave in engine.waves if not wave.forced]
     assert len(decoded) == 4
     assert all(wave.enough is None for wave in decoded)

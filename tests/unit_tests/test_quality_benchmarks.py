@@ -339,7 +339,7 @@ def after_one_wave(engine: TransformersEngine, method: AISP, sampling: Sampling 
     return state, first, method.propose(state)
 
 
-SIZE = {"samples": 32, "iterations": 2, "population": 3, "guidance": 0}
+SIZE = {"samples": 32, "iterations": 2, "population": 3, "guidance": 0, "crossings": 0}
 SUBCLASSES = (
     ablations.UniformCuts,
     ablations.UniformPositions,
@@ -459,7 +459,8 @@ def test_every_arm_of_the_ablations_spends_the_same_samples_and_is_told_beside_t
     assert {label.split(":")[0] for label in labels[1:]} == {
         "overlap",
         "guidance",
-        "overlap and guidance",
+        "crossings",
+        "overlap, guidance and crossings",
         "branching",
         "replacement",
         "population",
@@ -493,7 +494,7 @@ def test_arms_survive_the_way_to_another_process() -> None:
 def test_the_default_of_the_ablations_is_the_default(engine) -> None:
     reward = as_reward(lambda chat, responses: [float(len(text)) for text in responses], name="long")
     arm = ablations.arms(128, SAMPLING)[0]
-    assert arm.method == AISP(samples=128, overlap=1, guidance=0)
+    assert arm.method == AISP(samples=128, overlap=1, guidance=0, crossings=0)
     last = ablations.arms(128, SAMPLING)[-1]
     assert (last.label, last.method) == (ablations.USED, AISP(samples=128))
     assert align(engine, reward, arm.method, CHAT, sampling=SAMPLING).samples == 128

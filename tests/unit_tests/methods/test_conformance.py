@@ -172,6 +172,8 @@ def test_a_child_keeps_its_parents_tokens_and_keys(method: Method[Any]) -> None:
     known_tokens, known_keys = torch.empty(0, 10, dtype=torch.int64), torch.empty(0, 10, dtype=torch.int64)
     for wave, rollouts in waves_of(method):
         for row, cut in enumerate(wave.cut.tolist()):
+            if rollouts.lengths[row] == cut:  # a whole text may be put together from several; nothing of it is drawn
+                continue
             before = max(cut - 1, 0)  # the last kept token, with its key, may be another than the parent's
             parents = (known_tokens[:, :before] == wave.prefix[row, :before]).all(dim=1)
             parents &= (known_keys[:, :before] == wave.keys[row, :before]).all(dim=1)
