@@ -56,20 +56,22 @@ def crossings(
     Returns:
         None where there are none.
     """
-    first, place, rank = branches.isfinite().nonzero(as_tuple=True)
     before = population.tokens.roll(1, dims=1)
-    here = fold(before[first, place], population.alternatives[first, place, rank])
-    written = torch.arange(population.tokens.shape[1]) < population.lengths[:, None]
-    second, at = (population.complete[:, None] & written).nonzero(as_tuple=True)
-    there = fold(before[second, at], population.tokens[second, at])
-    found, other = _equal(here, there)
-    first, place, rank, second, at = first[found], place[found], rank[found], second[other], at[other]
-    fits = (first != second) & (place > 0) & (at > 0)
-    fits &= place + population.lengths[second] - at <= population.tokens.shape[1]
-    first, place, rank, second, at = (each[fits] for each in (first, place, rank, second, at))
+    positions = torch.arange(population.tokens.shape[1])
+    written = (positions > 0) & (positions < population.lengths[:, None])
+    first, place = written.nonzero(as_tuple=True)
+    second, at = (written & population.complete[:, None]).nonzero(as_tuple=True)
+    found, other = _equal(before[first, place], before[second, at])
+    first, place, second, at = first[found], place[found], second[other], at[other]
+    fits = (first != second) & (place + population.lengths[second] - at <= len(positions))
+    first, place, second, at = (each[fits] for each in (first, place, second, at))
+    same = population.alternatives[first, place] == population.tokens[second, at, None]
+    weight = branches[first, place].masked_fill(~same, -torch.inf).amax(dim=1)
+    likely = weight.isfinite()
+    first, place, second, at, weight = (each[likely] for each in (first, place, second, at, weight))
     if count < 1 or not len(first):
         return None
-    weight = branches[first, place, rank].double() + weights[second].double().log()
+    weight = weight.double() + weights[second].double().log()
     noise = fold(fold(fold(key, wave), population.nodes[first, place]), population.nodes[second, at])
     chosen = drawn_without_replacement(weight, noise, _SPARE * count)
     first, place, second, at = (each[chosen] for each in (first, place, second, at))
