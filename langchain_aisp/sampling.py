@@ -77,9 +77,9 @@ def restrict(logits: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
         ranks = torch.arange(looked_at, device=logits.device)
         values = values.masked_fill(ranks >= allowed.unsqueeze(1), -torch.inf)
         whole = torch.where(allowed <= looked_at, values.logsumexp(dim=-1), mass_of_all).unsqueeze(1)
-        reached = (values - whole).exp().cumsum(dim=-1)
+        probabilities = (values - whole).exp()
+        reached = probabilities.cumsum(dim=-1)
         if bool(((allowed <= looked_at) | (top_k == 0) & (reached[:, -1] > top_p)).all()):
             break
-    before = reached - (values - whole).exp()
-    values = values.masked_fill(before >= top_p.unsqueeze(1), -torch.inf)
+    values = values.masked_fill(reached - probabilities >= top_p.unsqueeze(1), -torch.inf)
     return torch.full_like(logits, -torch.inf).scatter(1, order, values)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from langchain_aisp.methods.branching import (
     Population,
+    among,
     branch_log_weights,
     branch_nodes,
     merge_equal,
@@ -160,7 +161,7 @@ class AISPState:
         branches: What the next rows begin with, once it has been chosen by ``credited``.
         guided: A text that ``credited`` is told how to write.
         nats: What a unit of the reward is worth in it; 0 where none is written.
-        crossed: Crossings of the parents, which nobody has said yet.
+        crossable: How many crossings of the parents may be said next.
     """
 
     problem: Problem
@@ -179,7 +180,7 @@ class AISPState:
     branches: Branches | None = None
     guided: Guided | None = None
     nats: float = 0.0
-    crossed: Crossings | None = None
+    crossable: int = 0
 
     @property
     def flying(self) -> int:
@@ -239,7 +240,12 @@ class AISPState:
     @cached_property
     def crossing(self) -> Crossings | None:
         """What the next wave says, where it has nothing to decode; with credit, branches are better founded."""
-        return self.crossed if self.cuts is None and self.branches is None and self.led is None else None
+        credited = self.cuts is not None or self.branches is not None or self.led is not None
+        if self.crossable == 0 or credited or self.population is None:
+            return None
+        branches = branch_log_weights(self.population.shortened(), self.weights, self.problem.sampling)
+        key = self.problem.prompt.key
+        return crossings(self.population, branches, self.weights, self.visited, key, self.waves, self.crossable)
 
     @cached_property
     def sources(self) -> Population:
@@ -280,7 +286,7 @@ def draw_branches(state: AISPState, count: int) -> Branches:
     weights = branch_log_weights(population, state.weights, state.problem.sampling, cuts)
     parent, position, rank = weights.isfinite().nonzero(as_tuple=True)
     node = branch_nodes(population, key)[parent, position, rank]
-    weight = weights[parent, position, rank].double().masked_fill(_among(state.visited, node), -torch.inf)
+    weight = weights[parent, position, rank].double().masked_fill(among(state.visited, node), -torch.inf)
     chosen = drawn_without_replacement(merge_equal(node, weight), fold(fold(key, state.waves), node), count)
     parent, position, rank = parent[chosen], position[chosen], rank[chosen]
     return Branches(parent, position, population.alternatives[parent, position, rank], node[chosen])
@@ -443,27 +449,24 @@ class AISP:
             cuts=None,
             branches=None,
             guided=None,
-            crossed=None,
+            crossable=0,
             nats=self._nats(rewards) if state.population is None else state.nats,
             visited=torch.cat([state.visited, rows.nodes[entered]]).unique(),
             evidence=evidence,
         )
         if state.crossing is None:
-            after = replace(after, crossed=self._crossed(after, len(ended)))
+            after = replace(after, crossable=self._crossable(after, len(ended)))
         count = self.wave_size(after)
         after = replace(after, next_rows=count, looked_at=count * self.lookahead)
         if state.population is None and count > 0:
             after = replace(after, guided=after.unled())
         return after, {"ess": effective_sample_size(weights), "control_kl": self.control_kl}
 
-    def _crossed(self, state: AISPState, decoded: int) -> Crossings | None:
-        """Crossings to be said after so many decoded responses."""
-        count = min(round(self.crossings * decoded), self._places(state)[1])
-        if count < 1 or state.problem.allowed is not None or state.population is None or len(state.population) < 2:
-            return None
-        sampling, key = state.problem.sampling, state.problem.prompt.key
-        branches = branch_log_weights(state.population.shortened(), state.weights, sampling)
-        return crossings(state.population, branches, state.weights, state.visited, key, state.waves, count)
+    def _crossable(self, state: AISPState, decoded: int) -> int:
+        """How many crossings may be said after so many decoded responses."""
+        if state.problem.allowed is not None or state.population is None or len(state.population) < 2:
+            return 0
+        return min(round(self.crossings * decoded), self._places(state)[1])
 
     def _saying(self, state: AISPState, crossed: Crossings, observe: frozenset[Observable]) -> Wave:
         """A wave of whole texts, beside the rows that have not ended, of which none has to be waited for."""
@@ -579,11 +582,6 @@ class AISP:
             unknown.bool(),
             scores,
         )
-
-
-def _among(known: Tensor, values: Tensor) -> Tensor:
-    """[B] bool, which of the values [B] are among those known [S], which are sorted; ``torch.isin`` cannot use that."""
-    return torch.searchsorted(known, values, right=True) > torch.searchsorted(known, values)
 
 
 def _beside(flight: Flight, wave: Wave) -> Wave:

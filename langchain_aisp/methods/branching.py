@@ -139,11 +139,27 @@ def merge_equal(nodes: Tensor, log_weights: Tensor) -> Tensor:
 
     Parents that begin alike offer the same branches; each is one branch.
     """
+    group, first = _groups(nodes)
+    sums = torch.zeros(len(nodes), dtype=log_weights.dtype).scatter_add(0, group, log_weights.exp())
+    return sums.log()[group].masked_fill(~first, -torch.inf)
+
+
+def first_new(nodes: Tensor, visited: Tensor) -> Tensor:
+    """[B] bool, which nodes [B] are the first of their kind and not among those visited [S], which are sorted."""
+    return _groups(nodes)[1] & ~among(visited, nodes)
+
+
+def among(known: Tensor, values: Tensor) -> Tensor:
+    """[B] bool, which of the values [B] are among those known [S], which are sorted; ``torch.isin`` cannot use that."""
+    return torch.searchsorted(known, values, right=True) > torch.searchsorted(known, values)
+
+
+def _groups(nodes: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers [B] that equal nodes share, and [B] bool, which of the nodes are the first of their kind."""
     distinct, group = nodes.unique(return_inverse=True)
-    sums = torch.zeros(len(distinct), dtype=log_weights.dtype).scatter_add(0, group, log_weights.exp())
     order = torch.arange(len(nodes))
     first = torch.full_like(distinct, len(nodes)).scatter_reduce(0, group, order, "amin")
-    return sums.log()[group].masked_fill(order != first[group], -torch.inf)
+    return group, order == first[group]
 
 
 def parents_of(parents: Population, nodes: Tensor, cut: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from langchain_aisp.methods.branching import Population, path_nodes
+from langchain_aisp.methods.branching import Population, first_new, path_nodes
 from langchain_aisp.methods.weights import drawn_without_replacement
 from langchain_aisp.noise import fold, wave_keys
 
@@ -77,11 +77,7 @@ def crossings(
     first, place, second, at = (each[chosen] for each in (first, place, second, at))
     texts = _texts(population, first, place, second, at, key, wave)
     ends = texts.nodes.gather(1, texts.lengths[:, None] - 1).squeeze(1)
-    new = ~torch.isin(ends, visited)
-    _, which = ends.unique(return_inverse=True)
-    order = torch.arange(len(ends))
-    earliest = torch.full_like(order, len(ends)).scatter_reduce(0, which, order, "amin")
-    kept = (new & (earliest[which] == order)).nonzero().squeeze(1)[:count]
+    kept = first_new(ends, visited).nonzero().squeeze(1)[:count]
     return Crossings(texts.take(kept), place[kept]) if len(kept) else None
 
 

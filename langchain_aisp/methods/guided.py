@@ -83,8 +83,9 @@ class Guided:
     def told(self, rollouts: Rollouts, rewards: Tensor) -> Guided:
         """With what the wave showed or, if it judged candidates, with the best of these by their rewards [k]."""
         if self._asked:
-            best = int((self._possible[1] + self.weight * (rewards - rewards.max())).argmax())
-            tokens = (*self.tokens, int(self._possible[0][best]))
+            possible, logprobs = self._possible
+            best = int((logprobs + self.weight * (rewards - rewards.max())).argmax())
+            tokens = (*self.tokens, int(possible[best]))
             ended = rollouts.responses[best].complete or len(tokens) == len(self.keys)
             return replace(self, tokens=tokens, ended=ended)
         place = len(self.tokens)
