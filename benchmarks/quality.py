@@ -6,7 +6,8 @@ highest mean reward, the same rule for all, and writes it down in `results/quali
 overwritten. `--test` runs these settings on test prompts, once: the files of the runs refuse others. All answer the
 same prompts with the same seed on the same engine, at equal numbers of samples; the gold reward judges what is best
 after each iteration, and nothing is chosen by it. A separate Best-of-N of the default's first wave shows whether any
-answer is worse than that. Each file of runs can be read by `langchain-aisp report` too.
+answer is worse than that; a separate search with a quarter of the samples, since one that is to be long begins broadly,
+shows how soon Best-of-N is reached. Each file of runs can be read by `langchain-aisp report` too.
 
 A rival that gives one answer (ARGS, RE-Control) stands as it is and as many samples. ARGS as it is asks for about as
 many rewards as all the others; with eight chains for eight times as many. The budget of the others is in samples.
@@ -45,7 +46,7 @@ from langchain_aisp.types import Sampling, require
 SEED = 0
 WAVE = 32
 AT_ONCE = 256  # rows of Best-of-N, which adapts to nothing: with so many, it is fastest on both models
-OURS, YARDSTICK, FIRST = "aisp", "best_of_n", "first wave"
+OURS, YARDSTICK, FIRST, QUARTER = "aisp", "best_of_n", "first wave", "aisp at a quarter"
 COSTS = ("samples", "sampled_tokens", "reward_calls", "seconds", "reward_seconds")
 
 Grids = dict[str, list[str]]
@@ -88,6 +89,11 @@ def first_wave(spec: str, samples: int) -> str:
     [ours] = parse_arms(spec, samples, Sampling())
     size = math.ceil(samples / ours.method.iterations)
     return f"{YARDSTICK}:samples={size},temperature={ours.sampling.temperature:g}"
+
+
+def quarter(spec: str, samples: int) -> str:
+    """The setting with a quarter of the samples."""
+    return f"{spec}{',' if ':' in spec else ':'}samples={max(1, samples // 4)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,13 +268,16 @@ def reached(ours: Sequence[Mapping[str, float]], theirs: Mapping[str, float]) ->
     }
 
 
-def compare(paths: Mapping[str, Path], reference: str, yardstick: str | None = None) -> dict[str, Any]:
+def compare(
+    paths: Mapping[str, Path], reference: str, yardstick: str | None = None, sooner: Sequence[str] = ()
+) -> dict[str, Any]:
     """All that is told of some arms.
 
     Args:
         paths: Their files, by label.
         reference: The arm that all are compared with.
         yardstick: An arm whose reward the reference is to reach with less.
+        sooner: Arms that may reach it, too.
     """
     results = load_results(list(paths.values()))
     curves = {name: curve(traces(path, results.prompts)) for name, path in paths.items()}
@@ -280,7 +289,8 @@ def compare(paths: Mapping[str, Path], reference: str, yardstick: str | None = N
     for name, points in curves.items():
         told["arms"][name]["curve"] = [point for point in points if _is_power_of_two(point["samples"])]
     if yardstick is not None:
-        told["reached"] = reached(curves[reference], curves[yardstick][-1])
+        end = curves[yardstick][-1]
+        told["reached"] = {name: reached(curves[name], end) for name in (reference, *sooner)}
     return told
 
 
@@ -300,10 +310,14 @@ def show(title: str, told: Mapping[str, Any], reference: str) -> None:
             f"{_interval(ahead['reward'])} {_interval(ahead['gold'])} "
             f"{row['sampled_tokens']:7.0f} {row['seconds']:6.2f} {row['reward_seconds']:12.2f}"
         )
-    if told.get("reached"):
-        found = told["reached"]
-        shares = ", ".join(f"{share:.3f} of its {name.replace('_', ' ')}" for name, share in found["shares"].items())
-        print(f"{YARDSTICK}'s reward is reached with {found['samples']:.0f} samples: {shares}")
+    for name, found in told.get("reached", {}).items():
+        if found is None:
+            print(f"{name} does not reach {YARDSTICK}'s reward")
+        else:
+            shares = ", ".join(
+                f"{share:.3f} of its {cost.replace('_', ' ')}" for cost, share in found["shares"].items()
+            )
+            print(f"{name} reaches {YARDSTICK}'s reward with {found['samples']:.0f} samples: {shares}")
 
 
 def _interval(found: Mapping[str, float]) -> str:
@@ -392,7 +406,7 @@ def choose_on_dev(pair: str, sources: Sources, plan: Plan) -> None:
     results = load_results(list(paths.values()))
     rewards = {spec: mean(results.numbers(spec, "reward")) for spec in specs}
     chosen = {rival: max(grid, key=lambda spec: rewards.get(spec, 0.0)) for rival, grid in candidates.items()}
-    chosen[FIRST] = first_wave(chosen[OURS], plan.samples)
+    chosen[FIRST], chosen[QUARTER] = (size(chosen[OURS], plan.samples) for size in (first_wave, quarter))
     sizes = {"samples": plan.samples, "dev_prompts": plan.dev}
     plan.freeze(pair, {**sizes, "chosen": chosen, "dev_rewards": rewards, "value_network_explains": explained})
     print("\n".join(f"{rival}: {spec}" for rival, spec in chosen.items()))
@@ -409,7 +423,8 @@ def compare_on_test(pair: str, sources: Sources, plan: Plan) -> dict[str, Any]:
     settings, samples = frozen[pair]["chosen"], frozen[pair]["samples"]
     require(samples == plan.samples, f"{pair}: settings were chosen at {samples} samples, --samples is {plan.samples}")
     asked = Questions(pair, sources, "test", plan.test)
-    told = compare(run_arms(asked, plan.makers(pair, settings), plan.folder, plan.workers), OURS, YARDSTICK)
+    paths = run_arms(asked, plan.makers(pair, settings), plan.folder, plan.workers)
+    told = compare(paths, OURS, YARDSTICK, sooner=[QUARTER])
     show(f"{pair} at {samples} samples", told, OURS)
     ours, floor = (told["arms"][name]["by_prompt"]["reward"] for name in (OURS, FIRST))
     below = sum(answer < least - 1e-3 for answer, least in zip(ours, floor, strict=True))

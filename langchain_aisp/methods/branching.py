@@ -122,8 +122,12 @@ def _allowed(logprobs: Tensor, sampling: Sampling) -> Tensor:
 
 def path_nodes(tokens: Tensor, key: int) -> Tensor:
     """Hashes [N, L] of the tokens [N, L] up to each position: equal exactly where the texts so far are equal."""
-    positions = torch.arange(tokens.shape[1])
-    return key + fold(fold(key, positions), tokens).cumsum(dim=1)  # wraps around; order enters by position
+    return key + token_nodes(tokens, key).cumsum(dim=1)  # wraps around; order enters by position
+
+
+def token_nodes(tokens: Tensor, key: int) -> Tensor:
+    """What tokens [N, L] at their positions add to the hash of a text, [N, L]."""
+    return fold(fold(key, torch.arange(tokens.shape[1])), tokens)
 
 
 def branch_nodes(population: Population, key: int) -> Tensor:
@@ -139,27 +143,16 @@ def merge_equal(nodes: Tensor, log_weights: Tensor) -> Tensor:
 
     Parents that begin alike offer the same branches; each is one branch.
     """
-    group, first = _groups(nodes)
+    distinct, group = nodes.unique(return_inverse=True)
+    order = torch.arange(len(nodes))
+    first = torch.full_like(distinct, len(nodes)).scatter_reduce(0, group, order, "amin")[group] == order
     sums = torch.zeros(len(nodes), dtype=log_weights.dtype).scatter_add(0, group, log_weights.exp())
     return sums.log()[group].masked_fill(~first, -torch.inf)
-
-
-def first_new(nodes: Tensor, visited: Tensor) -> Tensor:
-    """[B] bool, which nodes [B] are the first of their kind and not among those visited [S], which are sorted."""
-    return _groups(nodes)[1] & ~among(visited, nodes)
 
 
 def among(known: Tensor, values: Tensor) -> Tensor:
     """[B] bool, which of the values [B] are among those known [S], which are sorted; ``torch.isin`` cannot use that."""
     return torch.searchsorted(known, values, right=True) > torch.searchsorted(known, values)
-
-
-def _groups(nodes: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers [B] that equal nodes share, and [B] bool, which of the nodes are the first of their kind."""
-    distinct, group = nodes.unique(return_inverse=True)
-    order = torch.arange(len(nodes))
-    first = torch.full_like(distinct, len(nodes)).scatter_reduce(0, group, order, "amin")
-    return group, order == first[group]
 
 
 def parents_of(parents: Population, nodes: Tensor, cut: Tensor) -> Tensor:

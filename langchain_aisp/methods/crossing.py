@@ -11,15 +11,14 @@ cross where tokens meet, at the weight of a branch, is ours.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from langchain_aisp.methods.branching import Population, first_new, path_nodes
+from langchain_aisp.methods.branching import Population, among, merge_equal, path_nodes, token_nodes
 from langchain_aisp.methods.weights import drawn_without_replacement
 from langchain_aisp.noise import fold, wave_keys
-
-_SPARE = 3  # times as many are drawn as are wanted, since some are known already
 
 
 @dataclass(frozen=True)
@@ -71,14 +70,12 @@ def crossings(
     first, place, second, at, weight = (each[likely] for each in (first, place, second, at, weight))
     if count < 1 or not len(first):
         return None
-    weight = weight.double() + weights[second].double().log()
-    noise = fold(fold(fold(key, wave), population.nodes[first, place]), population.nodes[second, at])
-    chosen = drawn_without_replacement(weight, noise, _SPARE * count)
-    first, place, second, at = (each[chosen] for each in (first, place, second, at))
-    texts = _texts(population, first, place, second, at, key, wave)
-    ends = texts.nodes.gather(1, texts.lengths[:, None] - 1).squeeze(1)
-    kept = first_new(ends, visited).nonzero().squeeze(1)[:count]
-    return Crossings(texts.take(kept), place[kept]) if len(kept) else None
+    join = _Join(population, first, place, second, at)
+    ends = join.ends(key)
+    weight = (weight.double() + weights[second].double().log()).masked_fill(among(visited, ends), -torch.inf)
+    chosen = drawn_without_replacement(merge_equal(ends, weight), fold(fold(key, wave), ends), count)
+    join = join.take(chosen)
+    return Crossings(join.texts(key, wave), join.place) if len(chosen) else None
 
 
 def _equal(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,37 +88,78 @@ def _equal(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     return left, order[begin[left] + within]
 
 
-def _texts(
-    population: Population, first: Tensor, place: Tensor, second: Tensor, at: Tensor, key: int, wave: int
-) -> Population:
+@dataclass(frozen=True)
+class _Join:
     """The first parents up to a place and the second ones from theirs on.
 
-    What the model thought of the second ones' tokens comes along, though it thought so after other words; their keys do
-    not, since here the tokens are chosen and not drawn.
+    Attributes:
+        population: M possible parents.
+        first: [C] int64 parents.
+        place: [C] int64, where these are left.
+        second: [C] int64 parents.
+        at: [C] int64, where these are entered.
     """
-    positions = torch.arange(population.tokens.shape[1])
-    before = positions < place[:, None]
-    shifted = (positions - (place - at)[:, None]).clamp(0, len(positions) - 1)
-    lengths = place + population.lengths[second] - at
-    inside = positions < lengths[:, None]
 
-    def joined(values: Tensor, nothing: float) -> Tensor:
-        ahead, behind = values[first], values[second[:, None], shifted]
-        wide = (..., *(None,) * (values.dim() - 2))
-        found: Tensor = torch.where(before[wide], ahead, behind)
-        return found.masked_fill(~inside[wide], nothing)
+    population: Population
+    first: Tensor
+    place: Tensor
+    second: Tensor
+    at: Tensor
 
-    tokens = joined(population.tokens, -1)
-    return replace(
-        population.take(first),
-        tokens=tokens,
-        keys=torch.where(
-            before, population.keys[first], wave_keys(key, wave, torch.arange(len(first)), len(positions))
-        ),
-        lengths=lengths,
-        nodes=path_nodes(tokens, key),
-        rewards=torch.zeros(len(first)),
-        alternatives=joined(population.alternatives, 0),
-        logprobs=joined(population.logprobs, 0.0),
-        scores=joined(population.scores, 0.0),
-    )
+    def take(self, rows: Tensor) -> _Join:
+        """Those with these indices [r]."""
+        return _Join(self.population, self.first[rows], self.place[rows], self.second[rows], self.at[rows])
+
+    def ends(self, key: int) -> Tensor:
+        """Nodes [C] of the whole texts, without their being written out: a parent's end adds what it adds elsewhere."""
+        length = len(self._positions)
+        moves, move = (self.second * 2 * length + self.place - self.at + length).unique(return_inverse=True)
+        parent, by = moves // (2 * length), moves % (2 * length) - length
+        index = self._positions - by[:, None]
+        inside = (index >= 0) & (index < self.population.lengths[parent][:, None])
+        tokens = self.population.tokens[parent].gather(1, index.clamp(0, length - 1))
+        added = token_nodes(tokens, key).masked_fill(~inside, 0).cumsum(dim=1)
+        return self.population.nodes[self.first, self.place - 1] + added[move, -1] - added[move, self.place - 1]
+
+    def texts(self, key: int, wave: int) -> Population:
+        """The texts, with rewards of 0.
+
+        What the model thought of the second ones' tokens comes along, though it thought so after other words; their
+        keys do not, since here the tokens are chosen and not drawn.
+        """
+        parents, positions = self.population, self._positions
+        tokens = self._joined(parents.tokens, -1)
+        fresh = wave_keys(key, wave, torch.arange(len(self.first)), len(positions))
+        return replace(
+            parents.take(self.first),
+            tokens=tokens,
+            keys=torch.where(positions < self.place[:, None], parents.keys[self.first], fresh),
+            lengths=self._lengths,
+            nodes=path_nodes(tokens, key),
+            rewards=torch.zeros(len(self.first)),
+            alternatives=self._joined(parents.alternatives, 0),
+            logprobs=self._joined(parents.logprobs, 0.0),
+            scores=self._joined(parents.scores, 0.0),
+        )
+
+    @property
+    def _positions(self) -> Tensor:
+        return torch.arange(self.population.tokens.shape[1])
+
+    @property
+    def _lengths(self) -> Tensor:
+        """[C] int64."""
+        return self.place + self.population.lengths[self.second] - self.at
+
+    @cached_property
+    def _sources(self) -> Tensor:
+        """[C, L] int64, which of all positions of all parents, laid side by side, each token comes from."""
+        positions, length = self._positions, len(self._positions)
+        shifted = (positions - (self.place - self.at)[:, None]).clamp(0, length - 1)
+        ahead, behind = self.first[:, None] * length + positions, self.second[:, None] * length + shifted
+        return torch.where(positions < self.place[:, None], ahead, behind)
+
+    def _joined(self, values: Tensor, nothing: float) -> Tensor:
+        found = values.flatten(0, 1)[self._sources]
+        outside = self._positions >= self._lengths[:, None]
+        return found.masked_fill(outside[(..., *(None,) * (values.dim() - 2))], nothing)

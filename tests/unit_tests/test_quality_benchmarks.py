@@ -227,10 +227,12 @@ def test_a_killed_run_goes_on_to_the_same_table(toy: Pair, plan: quality.Plan, m
     done: list[str] = []
     monkeypatch.setattr(quality, "run", lambda task: done.append(task[1]().label) or run(task))
     resumed = quality.compare_on_test("toy", Sources(), again)
-    assert len(done) == 2 * 4 - 3
+    assert len(done) == 2 * 5 - 3
     assert timeless(resumed) == timeless(uninterrupted)
     assert resumed["arms"]["aisp"]["samples"] == resumed["arms"]["best_of_n"]["samples"] == 8
     assert (resumed["arms"]["recontrol"]["samples"], resumed["arms"]["first wave"]["samples"]) == (1, 4)
+    assert resumed["arms"]["aisp at a quarter"]["samples"] == 2
+    assert set(resumed["reached"]) == {"aisp", "aisp at a quarter"}
     assert resumed["prompts_below_the_first_wave"] == 0
 
 
@@ -286,6 +288,11 @@ def test_the_first_wave_is_as_large_and_as_hot_as_that_of_the_setting() -> None:
     assert quality.first_wave("aisp:iterations=16,temperature=0.7", 512) == "best_of_n:samples=32,temperature=0.7"
     assert quality.first_wave("aisp:iterations=1", 8) == "best_of_n:samples=8,temperature=1"
     assert quality.first_wave("aisp:temperature=0.3", 512) == "best_of_n:samples=32,temperature=0.3"
+
+
+def test_a_quarter_of_the_samples_leaves_the_rest_of_the_setting() -> None:
+    assert quality.quarter("aisp:temperature=0.3", 512) == "aisp:temperature=0.3,samples=128"
+    assert quality.quarter("aisp", 2) == "aisp:samples=1"
 
 
 def test_every_setting_of_the_grids_names_an_arm_of_equal_samples(tmp_path: Path) -> None:
