@@ -140,17 +140,17 @@ class ByParent(AISP):
 
 
 @dataclass(frozen=True)
-class SteadyShare(AISP):
-    """An effective sample size that is the same share of the parents throughout.
+class SteadyWeights(AISP):
+    """An effective sample size that is the same throughout.
 
     Attributes:
-        share: Of the members.
+        effective: Parents that the weights are worth.
     """
 
-    share: float = 0.6
+    effective: float = 2.0
 
     def _weights(self, population: Population, drawn: int) -> Tensor:
-        return population.weights(self.share)
+        return population.weights(self.effective)
 
 
 @dataclass(frozen=True)
@@ -290,8 +290,8 @@ def arms(samples: int, sampling: Sampling) -> list[Arm]:
         "branching: uniform cuts": UniformCuts(**size),
         "branching: uniform positions": UniformPositions(**size),
         "replacement: with": WithReplacement(**size),
-        **{f"population: {count}": AISP(**size, population=count) for count in (1, 2, 4, 16)},
-        "lambda: same share throughout": SteadyShare(**size),
+        **{f"population: {count}": AISP(**size, population=count) for count in (1, 2, 4, 8)},
+        "lambda: same size throughout": SteadyWeights(**size),
         "lambda: by parent, by sample size": ByParent(**size),
         **{f"lambda: by parent, {each:g}": ByParent(**size, reward_temperature=each) for each in (0.1, 1.0)},
         "lambda: by parent, all alike": ByParent(**size, reward_temperature=ALIKE),

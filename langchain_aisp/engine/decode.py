@@ -464,7 +464,7 @@ class Rows:
                 store.put(free[unknown], self._open(cache, prompt, others[unknown]))
         live = self.live.new_full((len(store),), -1)
         live[places], live[free[: len(others)]] = torch.arange(len(places), device=live.device), others
-        taken = (live >= 0).nonzero().squeeze(1)
+        taken = _close_ranks(live >= 0)
         if len(taken) < len(store):
             store.select(taken)
         self.live = live[taken]

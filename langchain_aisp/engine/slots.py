@@ -115,12 +115,14 @@ class SlotStore:
     def select(self, rows: Tensor) -> None:
         """Keep only these rows [r], see ``Store``.
 
-        Where rows leave and the last ones take their places, only these are copied, and the memory stays.
+        Where rows leave and the last ones take their places, only these are copied, and the memory stays; for good
+        where others are to take their places, else until half of it is empty.
         """
         self.start = self.start[rows]
         self._step_mask = None
         moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
-        if 2 * len(rows) < self.room or bool((rows[moved] < len(rows)).any()):
+        empty = self._memory is None and 2 * len(rows) < self.room
+        if empty or bool((rows[moved] < len(rows)).any()):
             self.buffers = _chosen(self.buffers, rows)
             return
         if len(moved):

@@ -40,7 +40,10 @@ from langchain_aisp.types import Info, Observable, Problem, Rollouts, Sampling, 
 
 _ROWS = 32  # of an iteration, at most: more of them would decode before anything is learnt from them
 _FEWEST = 8  # iterations, where there are so many samples: a search that adapts too rarely is Best-of-N
-_ESS = (0.8, 0.2)  # of the population, at the beginning and at the end: many parents first, then the best alone
+_ESS = (
+    3.2,
+    1.0,
+)  # parents that the weights are worth, at the beginning and at the end: some first, then the best alone
 _LOOKED = 1  # tells the noise of this choice from that of the draw
 _FISHER_FLOOR = 0.01  # of the mean eigenvalue: directions that no sample has shown are not trusted
 
@@ -306,7 +309,7 @@ class AISP:
         samples: Responses in all, as in ``BestOfN``: so many are scored, and no more than that decoded.
         iterations: Parts of the search with equal shares of them, the first of plain samples; more parts adapt more
             often and decode fewer rows at once. By default 8, or as many as leave each part 32 samples.
-        population: M, how many of the best responses may become parents.
+        population: M, how many of the best responses may become parents, and crossed; most of the weight is on fewer.
         cooling: Temperature of what follows a branch, as a factor of the request's: the branches bring the variety.
         control_kl: Length of the shared control in nats per token; 0 uses none.
         overlap: Iterations whose rows decode at once. With more than 1, rows need not wait for the slowest ones: others
@@ -326,7 +329,7 @@ class AISP:
 
     samples: int = 256
     iterations: int = None  # type: ignore[assignment]  # a number from __post_init__ on
-    population: int = 8
+    population: int = 16
     cooling: float = 0.25
     control_kl: float = 0.0
     overlap: int = 2
@@ -517,7 +520,7 @@ class AISP:
     def _weights(self, population: Population, drawn: int) -> Tensor:
         """Importance weights [M] of the parents after so many responses: the search narrows as it goes on."""
         broad, narrow = _ESS
-        return population.weights(broad + (narrow - broad) * min(1.0, drawn / self.samples))
+        return population.weights(narrow + (broad - narrow) * max(0.0, 1 - drawn / self.samples))
 
     def _nats(self, rewards: Tensor) -> float:
         """What a unit of the reward is worth where it leads a text, by the first wave's rewards [N]; 0 for nothing."""

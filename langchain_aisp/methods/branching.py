@@ -46,10 +46,10 @@ class Population:
         """Number of members M."""
         return len(self.rewards)
 
-    def weights(self, share: float) -> Tensor:
-        """Importance weights [M] whose effective sample size is this share of the members, where that can be had."""
+    def weights(self, effective: float) -> Tensor:
+        """Importance weights [M] with this effective sample size, at least 1, where that can be had."""
         rewards = complete_first(self.rewards, self.complete)
-        return importance_weights(rewards, temperature_for_ess(rewards, max(1.0, share * len(self))))
+        return importance_weights(rewards, temperature_for_ess(rewards, effective))
 
     def take(self, rows: Tensor) -> Population:
         """The members with these indices [r]."""

@@ -103,16 +103,16 @@ def test_equal_branches_of_several_parents_are_one():
 
 def test_parents_weights_have_the_wanted_effective_sample_size():
     members = population([4.0, 3.5, 1.0, 0.0, -2.0], [[1, 2]] * 5, [[[0.7, 0.2, 0.1]] * 2] * 5)
-    for share in (0.8, 0.4):
-        assert effective_sample_size(members.weights(share)) == pytest.approx(share * 5, rel=0.01)
+    for effective in (4.0, 2.0):
+        assert effective_sample_size(members.weights(effective)) == pytest.approx(effective, rel=0.01)
 
 
 def test_the_search_narrows_as_it_goes_on():
     spread = [effective_sample_size(state.weights) for _, state, _ in waves_and_states(AISP(samples=96, iterations=6))]
     distinct = population([4.0, 3.5, 1.0, 0.0, -2.0], [[1, 2]] * 5, [[[0.7, 0.2, 0.1]] * 2] * 5)
     method = AISP(samples=100)
-    shares = [effective_sample_size(method._weights(distinct, drawn)) / 5 for drawn in (0, 50, 100, 130)]
-    assert shares == pytest.approx([0.8, 0.5, 0.2, 0.2], rel=0.02)
+    sizes = [effective_sample_size(method._weights(distinct, drawn)) for drawn in (0, 50, 100, 130)]
+    assert sizes == pytest.approx([3.2, 2.1, 1.0, 1.0], rel=0.02)
     assert all(1 <= each <= method.population for each in spread[1:])
 
 

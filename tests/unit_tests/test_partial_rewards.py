@@ -215,7 +215,7 @@ def test_credit_that_is_equal_everywhere_changes_nothing():
     members, values = planted([2], [2], [2])
     cuts = cut_log_weights(members, rewards_to_go(members, values))
     assert torch.equal(cuts, torch.zeros_like(cuts))
-    plain, credited = (branch_log_weights(members, members.weights(0.6), Sampling(12), given) for given in (None, cuts))
+    plain, credited = (branch_log_weights(members, members.weights(1.8), Sampling(12), given) for given in (None, cuts))
     assert torch.equal(plain, credited)
 
 
@@ -230,7 +230,7 @@ def test_one_position_stands_out_and_the_others_are_still_possible():
     members, values = planted([10], [], [])
     cuts = cut_log_weights(members, rewards_to_go(members, values))
     assert bool((cuts[:, :12] >= -50).all())
-    assert bool(branch_log_weights(members, members.weights(0.6), Sampling(12), cuts).flatten().isfinite().any())
+    assert bool(branch_log_weights(members, members.weights(1.8), Sampling(12), cuts).flatten().isfinite().any())
 
 
 def test_with_credit_a_bad_spot_is_mended_after_fewer_samples():
@@ -242,7 +242,7 @@ def test_with_credit_a_bad_spot_is_mended_after_fewer_samples():
     members, values = planted([6], [1, 3], [8, 9], [2, 11], [0, 10])
     method = AISP(samples=64, iterations=2)
     plain = method.init(problem(ToyEngine(), Sampling(12)))
-    start = replace(plain, waves=1, population=members, weights=members.weights(0.6))
+    start = replace(plain, waves=1, population=members, weights=members.weights(1.8))
     credited = start.credited(ToyEngine().decode(start.beginnings), values)
 
     def rank(state, key: int) -> int:

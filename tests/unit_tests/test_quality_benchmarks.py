@@ -352,7 +352,7 @@ SUBCLASSES = (
     ablations.UniformPositions,
     ablations.WithReplacement,
     ablations.ByParent,
-    ablations.SteadyShare,
+    ablations.SteadyWeights,
     ablations.PositionControl,
 )
 

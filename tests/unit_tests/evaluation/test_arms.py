@@ -81,4 +81,4 @@ def test_what_cannot_be_read_is_named_with_what_can(text, complaint):
 def test_settings_tell_all_that_makes_an_arm():
     first, second = (parse(text)[0].settings for text in ("aisp", "aisp:top_p=0.9"))
     assert first != second
-    assert "population=8" in first
+    assert "population=16" in first
