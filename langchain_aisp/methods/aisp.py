@@ -22,10 +22,9 @@ from torch import Tensor
 
 from langchain_aisp.methods.branching import (
     Population,
-    among,
     branch_log_weights,
     branch_nodes,
-    merge_equal,
+    new_nodes,
     parents_of,
     path_nodes,
 )
@@ -289,8 +288,8 @@ def draw_branches(state: AISPState, count: int) -> Branches:
     weights = branch_log_weights(population, state.weights, state.problem.sampling, cuts)
     parent, position, rank = weights.isfinite().nonzero(as_tuple=True)
     node = branch_nodes(population, key)[parent, position, rank]
-    weight = weights[parent, position, rank].double().masked_fill(among(state.visited, node), -torch.inf)
-    chosen = drawn_without_replacement(merge_equal(node, weight), fold(fold(key, state.waves), node), count)
+    weight = new_nodes(node, weights[parent, position, rank].double(), state.visited)
+    chosen = drawn_without_replacement(weight, fold(fold(key, state.waves), node), count)
     parent, position, rank = parent[chosen], position[chosen], rank[chosen]
     return Branches(parent, position, population.alternatives[parent, position, rank], node[chosen])
 
@@ -555,16 +554,20 @@ class AISP:
         logprobs = rollouts.observed["alternative_logprobs"]
         scores = rollouts.observed.get("scores", logprobs[..., :0])
         if state.population is not None:
-            old, new = slice(state.flying), slice(state.flying, None)
-            source = parents_of(state.sources, nodes[new], wave.cut[new])
-            before = (torch.arange(nodes.shape[1]) < wave.cut[:, None])[..., None]
+            length, flying = nodes.shape[1], state.flying
+            source = parents_of(state.sources, nodes[flying:], wave.cut[flying:])
+            row, place = (torch.arange(length) < wave.cut[:, None]).nonzero(as_tuple=True)
+            kept, begun = row * length + place, int((row < flying).sum())
+            origin = source[row[begun:] - flying] * length + place[begun:]
 
             def completed(name: str, seen: Tensor) -> Tensor:
                 """What was seen, and before that what is known of rows in flight and of parents."""
-                found = torch.empty_like(seen)
+                found = seen.clone()
+                known = getattr(state.sources, name).flatten(0, 1).index_select(0, origin)
                 if state.flight is not None:
-                    torch.where(before[old], getattr(state.flight.rows, name), seen[old], out=found[old])
-                torch.where(before[new], getattr(state.sources, name)[source], seen[new], out=found[new])
+                    flown = getattr(state.flight.rows, name).flatten(0, 1).index_select(0, kept[:begun])
+                    known = torch.cat([flown, known])
+                found.flatten(0, 1).index_copy_(0, kept, known)
                 return found
 
             alternatives = completed("alternatives", alternatives)

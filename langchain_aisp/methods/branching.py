@@ -53,7 +53,7 @@ class Population:
 
     def take(self, rows: Tensor) -> Population:
         """The members with these indices [r]."""
-        return Population(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+        return Population(*(getattr(self, name).index_select(0, rows) for name in self.__dataclass_fields__))
 
     def join(self, other: Population) -> Population:
         """The members of both."""
@@ -81,7 +81,8 @@ class Population:
         standing = list(zip(self.complete.tolist(), self.rewards.tolist(), strict=True))
         order = sorted(range(len(self)) if among is None else among, key=lambda row: standing[row], reverse=True)
         distinct = {last[row]: row for row in reversed(order)}
-        return self.take(torch.tensor([row for row in order if distinct[last[row]] == row][:count]))
+        chosen = [row for row in order if distinct[last[row]] == row][:count]
+        return self.take(torch.tensor(chosen, dtype=torch.int64))
 
     def shortened(self) -> Population:
         """The members without the positions that none of them fills."""
@@ -138,21 +139,24 @@ def branch_nodes(population: Population, key: int) -> Tensor:
     return before[..., None] + fold(fold(key, positions)[:, None], population.alternatives)
 
 
-def merge_equal(nodes: Tensor, log_weights: Tensor) -> Tensor:
-    """Log-weights [B] in which the first of equal nodes [B] bears the sum of their weights and the others none.
+def new_nodes(nodes: Tensor, log_weights: Tensor, visited: Tensor) -> Tensor:
+    """Log-weights [B] of nodes that are each one choice, and of those visited none.
 
-    Parents that begin alike offer the same branches; each is one branch.
+    Parents that begin alike offer the same branches: the first of equal nodes bears the sum of their weights and the
+    others, like those visited, ``-inf``.
+
+    Args:
+        nodes: [B] int64.
+        log_weights: [B].
+        visited: [S] int64, sorted.
     """
     distinct, group = nodes.unique(return_inverse=True)
-    order = torch.arange(len(nodes))
-    first = torch.full_like(distinct, len(nodes)).scatter_reduce(0, group, order, "amin")[group] == order
-    sums = torch.zeros(len(nodes), dtype=log_weights.dtype).scatter_add(0, group, log_weights.exp())
-    return sums.log()[group].masked_fill(~first, -torch.inf)
-
-
-def among(known: Tensor, values: Tensor) -> Tensor:
-    """[B] bool, which of the values [B] are among those known [S], which are sorted; ``torch.isin`` cannot use that."""
-    return torch.searchsorted(known, values, right=True) > torch.searchsorted(known, values)
+    first = torch.full_like(distinct, len(nodes)).scatter_reduce(0, group, torch.arange(len(nodes)), "amin")
+    sums = torch.zeros(len(distinct), dtype=log_weights.dtype).scatter_add(0, group, log_weights.exp()).log()
+    if len(visited):
+        nearest = visited[torch.searchsorted(visited, distinct).clamp(max=len(visited) - 1)]
+        sums.masked_fill_(nearest == distinct, -torch.inf)
+    return torch.full_like(log_weights, -torch.inf).index_put((first,), sums)
 
 
 def parents_of(parents: Population, nodes: Tensor, cut: Tensor) -> Tensor:

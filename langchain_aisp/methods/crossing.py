@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from langchain_aisp.methods.branching import Population, among, merge_equal, path_nodes, token_nodes
+from langchain_aisp.methods.branching import Population, new_nodes, path_nodes, token_nodes
 from langchain_aisp.methods.weights import drawn_without_replacement
 from langchain_aisp.noise import fold, wave_keys
 
@@ -72,8 +72,8 @@ def crossings(
         return None
     join = _Join(population, first, place, second, at)
     ends = join.ends(key)
-    weight = (weight.double() + weights[second].double().log()).masked_fill(among(visited, ends), -torch.inf)
-    chosen = drawn_without_replacement(merge_equal(ends, weight), fold(fold(key, wave), ends), count)
+    weight = new_nodes(ends, weight.double() + weights[second].double().log(), visited)
+    chosen = drawn_without_replacement(weight, fold(fold(key, wave), ends), count)
     join = join.take(chosen)
     return Crossings(join.texts(key, wave), join.place) if len(chosen) else None
 
@@ -160,6 +160,7 @@ class _Join:
         return torch.where(positions < self.place[:, None], ahead, behind)
 
     def _joined(self, values: Tensor, nothing: float) -> Tensor:
-        found = values.flatten(0, 1)[self._sources]
+        found = values.flatten(0, 1).index_select(0, self._sources.flatten())
+        found = found.view(*self._sources.shape, *values.shape[2:])
         outside = self._positions >= self._lengths[:, None]
-        return found.masked_fill(outside[(..., *(None,) * (values.dim() - 2))], nothing)
+        return found.masked_fill_(outside[(..., *(None,) * (values.dim() - 2))], nothing)
