@@ -1,13 +1,14 @@
 """Reward, gold reward and cost of the default AISP and its rivals on four pairs: does it win wherever one looks?
 
 Why: one pair proves little, so there are four of different characters (`benchmarks.pairs`). Two steps, each of which
-can be asked for alone. `--dev` runs every rival's grid on dev prompts at the full budget, takes the setting of the
-highest mean reward, the same rule for all, and writes it down in `results/quality-settings.json`, which is never
-overwritten. `--test` runs these settings on test prompts, once: the files of the runs refuse others. All answer the
-same prompts with the same seed on the same engine, at equal numbers of samples; the gold reward judges what is best
-after each iteration, and nothing is chosen by it. A separate Best-of-N of the default's first wave shows whether any
-answer is worse than that; a separate search with a quarter of the samples, since one that is to be long begins broadly,
-shows how soon Best-of-N is reached. Each file of runs can be read by `langchain-aisp report` too.
+can be asked for alone. `--dev` runs every rival's grid on dev prompts at the full budget, takes of the settings near
+the highest mean reward that of the likeliest answers, the same rule for all, and writes it down in
+`results/quality-settings.json`, which is never overwritten. `--test` runs these settings on test prompts, once: the
+files of the runs refuse others. All answer the same prompts with the same seed on the same engine, at equal numbers of
+samples; the gold reward judges what is best after each iteration, and nothing is chosen by it. A separate Best-of-N of
+the default's first wave shows whether any answer is worse than that; a separate search with a quarter of the samples,
+since one that is to be long begins broadly, shows how soon Best-of-N is reached. Each file of runs can be read by
+`langchain-aisp report` too.
 
 A rival that gives one answer (ARGS, RE-Control) stands as it is and as many samples. ARGS as it is asks for about as
 many rewards as all the others; with eight chains for eight times as many. The budget of the others is in samples.
@@ -28,6 +29,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import pstdev
 from typing import Any
 
 import torch
@@ -45,6 +47,7 @@ from langchain_aisp.types import Sampling, require
 
 SEED = 0
 WAVE = 32
+POINTS = 64  # of a curve
 AT_ONCE = 256  # rows of Best-of-N, which adapts to nothing: with so many, it is fastest on both models
 OURS, YARDSTICK, FIRST, QUARTER = "aisp", "best_of_n", "first wave", "aisp at a quarter"
 COSTS = ("samples", "sampled_tokens", "reward_calls", "seconds", "reward_seconds")
@@ -247,12 +250,17 @@ def traces(path: Path, prompts: Sequence[str]) -> list[Trace]:
 
 
 def curve(runs: Sequence[Trace]) -> list[dict[str, float]]:
-    """Mean best reward, its gold reward and the costs after each iteration that all runs have."""
-    names = ("best", "gold", *COSTS)
-    return [
-        {name: mean([point[name] for point in points]) for name in names}  # the same iteration of every run
-        for points in zip(*runs, strict=False)
-    ]
+    """Mean best reward, its gold reward and the costs at some 64 numbers of samples, from the first that all runs have.
+
+    Runs end their iterations at samples of their own; each stands as it did after the last one that was over.
+    """
+    least, most = (int(pick(run[end]["samples"] for run in runs)) for pick, end in ((max, 0), (max, -1)))
+    points = []
+    for samples in range(most, least - 1, -max(1, most // POINTS)):
+        now = [next(point for point in reversed(run) if point["samples"] <= samples) for run in runs]
+        points.append({name: mean([point[name] for point in now]) for name in ("best", "gold", *COSTS)})
+        points[-1]["samples"] = float(samples)
+    return points[::-1]
 
 
 def reached(ours: Sequence[Mapping[str, float]], theirs: Mapping[str, float]) -> dict[str, Any] | None:
@@ -287,15 +295,11 @@ def compare(
         "arms": rows(results, reference),
     }
     for name, points in curves.items():
-        told["arms"][name]["curve"] = [point for point in points if _is_power_of_two(point["samples"])]
+        told["arms"][name]["curve"] = points
     if yardstick is not None:
         end = curves[yardstick][-1]
         told["reached"] = {name: reached(curves[name], end) for name in (reference, *sooner)}
     return told
-
-
-def _is_power_of_two(number: float) -> bool:
-    return number == 1 << (int(number).bit_length() - 1)
 
 
 def show(title: str, told: Mapping[str, Any], reference: str) -> None:
@@ -396,8 +400,26 @@ def fit_network(pair: str, sources: Sources, plan: Plan) -> float:
     return explained
 
 
+def careful(results: Results, grid: Sequence[str]) -> str:
+    """Of the settings within one standard error of the highest mean reward, that of the likeliest answers.
+
+    What a setting gains beyond that may be chance, and the further answers are from the model, the more of a gain is
+    the reward's mistakes. Gold chooses nothing.
+
+    Source: the rule of one standard error, Breiman et al., Classification and Regression Trees, 1984, section 3.4.3.
+    """
+    rewards = {spec: results.numbers(spec, "reward") for spec in grid}
+    best = rewards[max(grid, key=lambda spec: mean(rewards[spec]))]
+
+    def is_near(spec: str) -> bool:
+        behind = [a - b for a, b in zip(best, rewards[spec], strict=True)]
+        return mean(behind) <= pstdev(behind) / math.sqrt(max(1, len(behind) - 1))
+
+    return max(filter(is_near, grid), key=lambda spec: mean(results.numbers(spec, "base_logprob")))
+
+
 def choose_on_dev(pair: str, sources: Sources, plan: Plan) -> None:
-    """Run the grids on dev prompts and freeze what gave the highest mean reward."""
+    """Run the grids on dev prompts and freeze the choice."""
     explained = fit_network(pair, sources, plan)
     candidates = grids(PAIRS[pair], plan.samples)
     specs = [spec for grid in candidates.values() if len(grid) > 1 for spec in grid]
@@ -405,7 +427,7 @@ def choose_on_dev(pair: str, sources: Sources, plan: Plan) -> None:
     paths = run_arms(asked, plan.makers(pair, dict(zip(specs, specs, strict=True))), plan.folder, plan.workers)
     results = load_results(list(paths.values()))
     rewards = {spec: mean(results.numbers(spec, "reward")) for spec in specs}
-    chosen = {rival: max(grid, key=lambda spec: rewards.get(spec, 0.0)) for rival, grid in candidates.items()}
+    chosen = {rival: careful(results, grid) if len(grid) > 1 else grid[0] for rival, grid in candidates.items()}
     chosen[FIRST], chosen[QUARTER] = (size(chosen[OURS], plan.samples) for size in (first_wave, quarter))
     sizes = {"samples": plan.samples, "dev_prompts": plan.dev}
     plan.freeze(pair, {**sizes, "chosen": chosen, "dev_rewards": rewards, "value_network_explains": explained})
