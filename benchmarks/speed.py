@@ -227,6 +227,8 @@ def measure(path: str, args: argparse.Namespace) -> dict[str, Any]:
     plain = BestOfN(args.rows, samples_per_wave=args.rows)
     published = PublishedAISP(samples_per_iteration=args.rows, iterations=1)
     with TransformersEngine.from_pretrained(path, device="cpu") as engine:
+        if args.searches:
+            return {"aisp_to_best_of_n": aisp_to_best_of_n(name, engine, args)}
 
         def ours(prompt: Prompt) -> None:
             rollout(engine, plain, prompt, args.tokens)
@@ -273,12 +275,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="new tokens per row")
     parser.add_argument("--samples", type=int, default=256, help="responses of a whole search")
     parser.add_argument("--pairs", type=int, default=11)
+    parser.add_argument("--searches", action="store_true", help="only whole searches: AISP against Best-of-N")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = {Path(path).name: measure(path, args) for path in args.models}
     settings = {"rows": args.rows, "prompt_tokens": args.prompt, "new_tokens": args.tokens, "samples": args.samples}
-    save("speed", {**settings, "models": results})
+    save("speed-searches" if args.searches else "speed", {**settings, "models": results})
 
 
 if __name__ == "__main__":
