@@ -254,12 +254,12 @@ def curve(runs: Sequence[Trace]) -> list[dict[str, float]]:
 
     Runs end their iterations at samples of their own; each stands as it did after the last one that was over.
     """
-    least, most = (int(pick(run[end]["samples"] for run in runs)) for pick, end in ((max, 0), (max, -1)))
+    least, most = (int(max(run[end]["samples"] for run in runs)) for end in (0, -1))
+    names = ("best", "gold", *COSTS)
     points = []
     for samples in range(most, least - 1, -max(1, most // POINTS)):
         now = [next(point for point in reversed(run) if point["samples"] <= samples) for run in runs]
-        points.append({name: mean([point[name] for point in now]) for name in ("best", "gold", *COSTS)})
-        points[-1]["samples"] = float(samples)
+        points.append({name: mean([point[name] for point in now]) for name in names} | {"samples": float(samples)})
     return points[::-1]
 
 

@@ -61,21 +61,18 @@ def crossings(
     first, place = written.nonzero(as_tuple=True)
     second, at = (written & population.complete[:, None]).nonzero(as_tuple=True)
     found, other = _equal(before[first, place], before[second, at])
-    first, place, second, at = first[found], place[found], second[other], at[other]
-    fits = (first != second) & (place + population.lengths[second] - at <= len(positions))
-    first, place, second, at = (each[fits] for each in (first, place, second, at))
-    same = population.alternatives[first, place] == population.tokens[second, at, None]
-    weight = branches[first, place].masked_fill(~same, -torch.inf).amax(dim=1)
+    join = _Join(population, first[found], place[found], second[other], at[other])
+    join = join.take((join.first != join.second) & (join.lengths <= len(positions)))
+    same = population.alternatives[join.first, join.place] == population.tokens[join.second, join.at, None]
+    weight = branches[join.first, join.place].masked_fill(~same, -torch.inf).amax(dim=1)
     likely = weight.isfinite()
-    first, place, second, at, weight = (each[likely] for each in (first, place, second, at, weight))
-    if count < 1 or not len(first):
+    join, weight = join.take(likely), weight[likely].double()
+    if count < 1 or not len(weight):
         return None
-    join = _Join(population, first, place, second, at)
     ends = join.ends(key)
-    weight = new_nodes(ends, weight.double() + weights[second].double().log(), visited)
-    chosen = drawn_without_replacement(weight, fold(fold(key, wave), ends), count)
-    join = join.take(chosen)
-    return Crossings(join.texts(key, wave), join.place) if len(chosen) else None
+    weight = new_nodes(ends, weight + weights[join.second].double().log(), visited)
+    join = join.take(drawn_without_replacement(weight, fold(fold(key, wave), ends), count))
+    return Crossings(join.texts(key, wave), join.place) if len(join.place) else None
 
 
 def _equal(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,8 +104,13 @@ class _Join:
     at: Tensor
 
     def take(self, rows: Tensor) -> _Join:
-        """Those with these indices [r]."""
+        """Those with these indices [r], or where [C] bool is true."""
         return _Join(self.population, self.first[rows], self.place[rows], self.second[rows], self.at[rows])
+
+    @property
+    def lengths(self) -> Tensor:
+        """[C] int64, of the whole texts."""
+        return self.place + self.population.lengths[self.second] - self.at
 
     def ends(self, key: int) -> Tensor:
         """Nodes [C] of the whole texts, without their being written out: a parent's end adds what it adds elsewhere."""
@@ -134,7 +136,7 @@ class _Join:
             parents.take(self.first),
             tokens=tokens,
             keys=torch.where(positions < self.place[:, None], parents.keys[self.first], fresh),
-            lengths=self._lengths,
+            lengths=self.lengths,
             nodes=path_nodes(tokens, key),
             rewards=torch.zeros(len(self.first)),
             alternatives=self._joined(parents.alternatives, 0),
@@ -145,11 +147,6 @@ class _Join:
     @property
     def _positions(self) -> Tensor:
         return torch.arange(self.population.tokens.shape[1])
-
-    @property
-    def _lengths(self) -> Tensor:
-        """[C] int64."""
-        return self.place + self.population.lengths[self.second] - self.at
 
     @cached_property
     def _sources(self) -> Tensor:
@@ -162,5 +159,5 @@ class _Join:
     def _joined(self, values: Tensor, nothing: float) -> Tensor:
         found = values.flatten(0, 1).index_select(0, self._sources.flatten())
         found = found.view(*self._sources.shape, *values.shape[2:])
-        outside = self._positions >= self._lengths[:, None]
+        outside = self._positions >= self.lengths[:, None]
         return found.masked_fill_(outside[(..., *(None,) * (values.dim() - 2))], nothing)

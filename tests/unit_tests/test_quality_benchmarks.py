@@ -22,6 +22,7 @@ from langchain_aisp.demo import LANGUAGE_MODEL_PATH
 from langchain_aisp.engine import TransformersEngine
 from langchain_aisp.evaluation.datasets import PromptRecord
 from langchain_aisp.evaluation.log import read_log
+from langchain_aisp.evaluation.results import load_results
 from langchain_aisp.methods import AISP, ValueNetwork
 from langchain_aisp.methods.branching import branch_log_weights
 from langchain_aisp.rewards import as_reward
@@ -237,14 +238,16 @@ def test_a_killed_run_goes_on_to_the_same_table(toy: Pair, plan: quality.Plan, m
     assert resumed["prompts_below_the_first_wave"] == 0
 
 
-def test_the_choice_on_dev_is_the_highest_reward_and_frozen(toy: Pair, plan: quality.Plan) -> None:
+def test_the_choice_on_dev_follows_the_rule_and_is_frozen(toy: Pair, plan: quality.Plan) -> None:
     with pytest.raises(ValueError, match="run --dev first"):
         quality.compare_on_test("toy", Sources(), plan)
     quality.choose_on_dev("toy", Sources(), plan)
     frozen = plan.frozen()["toy"]
     rewards = frozen["dev_rewards"]
     assert set(rewards) == set(SMALL["best_of_n"])  # a grid of one is not run
-    assert frozen["chosen"]["best_of_n"] in rewards
+    dev = load_results(sorted(plan.folder.glob("toy.dev.*.jsonl")))
+    assert rewards == {spec: pytest.approx(quality.mean(dev.numbers(spec, "reward"))) for spec in rewards}
+    assert frozen["chosen"]["best_of_n"] == quality.careful(dev, SMALL["best_of_n"])
     assert str(plan.folder) not in plan.settings.read_text()
     with pytest.raises(ValueError, match="the settings of toy are frozen"):
         plan.freeze("toy", {})
