@@ -343,7 +343,7 @@ def search(
     trace: list[Iteration] = []
     sampled_tokens = 0
     scored: list[Tensor] = []  # rewards of this iteration
-    begun: list[tuple[int, int]] = []  # cut and known candidates of the rows that go on
+    begun: list[tuple[int, int]] = []  # cut and known candidates of the rows that are to go on
     stopped: Stopped | None = None
     while stopped is None:
         while partial and isinstance(state, Crediting) and (looks := state.beginnings) is not None:
@@ -354,9 +354,10 @@ def search(
             rewards = yield from scoring.rewards(rollouts.responses)
             state = cast(StateT, state.credited(rollouts, rewards))
         wave = method.propose(state)
+        waiting = begun[wave.resumed :]
         if budget.samples is not None:
-            wave = first_rows(wave, budget.samples - len(candidates))
-        begun += [(cut, len(candidates)) for cut in wave.cut[len(begun) :].tolist()]
+            wave = first_rows(wave, budget.samples - len(candidates) - len(waiting))
+        begun = begun[: wave.resumed] + [(cut, len(candidates)) for cut in wave.cut[wave.resumed :].tolist()]
         wave = spending.bound(replace(wave, enough=None) if whole else wave)
         rollouts = cast(Rollouts, (yield wave))
         sampled_tokens += rollouts.sampled_tokens
@@ -365,7 +366,8 @@ def search(
         state, info = method.update(state, wave, rollouts, rewards)
         nats = spending.charge(wave, rollouts)
         candidates += _candidates((len(trace), sum(map(len, scored))), rollouts, rewards, nats, begun)
-        begun = [] if rollouts.unfinished is None else [begun[row] for row in rollouts.unfinished.nonzero().flatten()]
+        unfinished = () if rollouts.unfinished is None else rollouts.unfinished.nonzero().flatten()
+        begun = [begun[row] for row in unfinished] + waiting
         scored.append(rewards)
         if isinstance(state, Flowing) and state.goes_on and not budget.spent(len(candidates), clock() - start):
             continue

@@ -146,6 +146,7 @@ class Wave:
         enough: So many ended rows are enough: the others come back as far as they are, to go on in another wave as its
             first rows, in their order; 0 is enough as soon as each has said a token. None waits for all, as does an
             engine that decodes the wave in parts.
+        resumed: So many first rows are the unfinished ones of an earlier wave; with 0, these wait for yet another one.
         held: What the rollouts of unfinished rows brought beside them (``Rollouts.held``), so that nothing has to be
             read again when they go on; the tokens are the same without it.
     """
@@ -162,6 +163,7 @@ class Wave:
     kl_spent: Tensor | None = None
     temperatures: Tensor | None = None
     enough: int | None = None
+    resumed: int = 0
     held: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -263,9 +265,9 @@ class Rollouts:
         responses: The candidates, one for each row that has ended: N of them, unless the wave had enough before.
         sampled_tokens: Tokens that were decoded for this wave, kept prefixes not counted.
         observed: What the wave asked to observe, on the CPU, defined at the decoded positions (from ``cut`` on):
-            ``base_logprobs`` [N, L]; ``alternatives`` [N, L, K] token ids with ``alternative_logprobs`` [N, L, K];
-            ``scores`` and ``prelogits`` [N, L, D] float32. Of a steered wave with a KL budget also ``kl`` [N, L]
-            float32, the nats that each position has taken of it.
+            ``base_logprobs`` [N, L]; ``alternatives`` [N, L, K], token ids in int32, with ``alternative_logprobs``
+            [N, L, K]; ``scores`` and ``prelogits`` [N, L, D] float32. Of a steered wave with a KL budget also ``kl``
+            [N, L] float32, the nats that each position has taken of it.
         unfinished: [N] bool, the rows that were still being decoded when the wave had enough; None for none.
         held: What the engine remembers of these, for the wave in which they go on.
     """

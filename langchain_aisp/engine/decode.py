@@ -402,7 +402,7 @@ class Rows:
         self.tokens[rows[:, None], where] = said[:, 1:]
         self.length[rows] += where.shape[1]
         if "alternatives" in self.observed:  # there are none; all else that is observed is 0 where nothing is chosen
-            self.observed["alternatives"][rows[:, None], where, 0] = said[:, 1:]
+            self.observed["alternatives"][rows[:, None], where, 0] = said[:, 1:].int()
             self.observed["alternative_logprobs"][rows[:, None], where, 1:] = -torch.inf
         self._end(self.length >= self.limit, "length")
 
@@ -561,7 +561,7 @@ class Rows:
         if "base_logprobs" in self.wave.observe:
             observed["base_logprobs"] = room((rows, length), dtype=torch.float32)
         if self.wave.observe & {"alternatives", "unchecked_alternatives"}:
-            observed["alternatives"] = room((rows, length, kept))
+            observed["alternatives"] = room((rows, length, kept), dtype=torch.int32)
             observed["alternative_logprobs"] = room((rows, length, kept), dtype=torch.float32)
         if self.kl_left is not None:
             observed["kl"] = room((rows, length), dtype=torch.float32)
@@ -573,7 +573,7 @@ class Rows:
             self.observed["base_logprobs"][live, position] = logprobs.gather(1, tokens[:, None]).squeeze(1)
         if "alternatives" in self.observed:
             values, ids = logprobs.topk(self.observed["alternatives"].shape[-1], dim=-1)
-            self.observed["alternatives"][live, position] = ids
+            self.observed["alternatives"][live, position] = ids.int()
             self.observed["alternative_logprobs"][live, position] = values
         if "scores" in self.observed:
             self.observed["scores"][live, position] = head.gradient(tokens, base)

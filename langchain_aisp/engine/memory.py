@@ -41,8 +41,8 @@ def working_bytes(wave: Wave, head: Head, heads: int, tokens: int) -> int:
     both = compared and wave.steering is not None  # unsteered logits beside the steered ones
     per_position: Mapping[Observable, int] = {
         "base_logprobs": 4,
-        "alternatives": (8 + 4) * ALTERNATIVES,
-        "unchecked_alternatives": (8 + 4) * ALTERNATIVES,
+        "alternatives": (4 + 4) * ALTERNATIVES,
+        "unchecked_alternatives": (4 + 4) * ALTERNATIVES,
         "scores": 4 * head.width,
         "prelogits": 4 * head.width,
     }

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from langchain_aisp.methods.branching import (
     Population,
+    best_distinct,
     branch_log_weights,
-    branch_nodes,
-    new_nodes,
+    distinct_branches,
     parents_of,
     path_nodes,
 )
@@ -251,10 +251,8 @@ class AISPState:
 
     @cached_property
     def sources(self) -> Population:
-        """What the next rows may keep the beginnings of: the parents, and after them texts that were led or crossed."""
+        """What the next rows may keep the beginnings of: the parents, and after them a text that was led."""
         assert self.population is not None, "without parents there is nothing to keep"
-        if self.crossing is not None:
-            return self.population.join(self.crossing.texts)
         return self.population if self.led is None else self.led.beside(self.population)
 
     def _with(self, guided: Guided) -> AISPState:
@@ -286,12 +284,10 @@ def draw_branches(state: AISPState, count: int) -> Branches:
     population, key = state.population.shortened(), state.problem.prompt.key
     cuts = None if state.cuts is None else state.cuts[:, : population.tokens.shape[1]]
     weights = branch_log_weights(population, state.weights, state.problem.sampling, cuts)
-    parent, position, rank = weights.isfinite().nonzero(as_tuple=True)
-    node = branch_nodes(population, key)[parent, position, rank]
-    weight = new_nodes(node, weights[parent, position, rank].double(), state.visited)
+    parent, position, rank, node, weight = distinct_branches(population, weights, state.visited, key)
     chosen = drawn_without_replacement(weight, fold(fold(key, state.waves), node), count)
     parent, position, rank = parent[chosen], position[chosen], rank[chosen]
-    return Branches(parent, position, population.alternatives[parent, position, rank], node[chosen])
+    return Branches(parent, position, population.alternatives[parent, position, rank].long(), node[chosen])
 
 
 @dataclass(frozen=True)
@@ -387,14 +383,20 @@ class AISP:
             evidence=Evidence.none(width),
         )
 
+    @torch.inference_mode()
     def propose(self, state: AISPState) -> Wave:
-        """Plain samples first, then branches of the best responses, beside the rows that have not ended."""
-        problem, flight, count = state.problem, state.flight, self.wave_size(state)
+        """Plain samples first, then branches of the best responses, beside the rows that have not ended; or crossings.
+
+        Crossings leave those rows where they are, since nothing has to be decoded.
+        """
+        problem = state.problem
+        if state.crossing is not None:
+            texts = state.crossing
+            return Wave(problem.prompt, texts.tokens.clamp(min=0), texts.lengths, texts.keys, problem.sampling)
+        flight, count = state.flight, self.wave_size(state)
         observe: set[Observable] = {"alternatives" if problem.allowed is None else "unchecked_alternatives"}
         if self.control_kl > 0:
             observe.add("scores")
-        if state.crossing is not None:
-            return self._saying(state, state.crossing, frozenset(observe))
         length = problem.sampling.max_tokens
         keys = wave_keys(problem.prompt.key, state.waves, torch.arange(count), length)
         prefix, cut = torch.zeros_like(keys), torch.zeros(count, dtype=torch.int64)
@@ -419,17 +421,26 @@ class AISP:
         )
         return wave if flight is None else _beside(flight, wave)
 
+    @torch.inference_mode()
     def update(self, state: AISPState, wave: Wave, rollouts: Rollouts, rewards: Tensor) -> tuple[AISPState, Info]:
         """Let the wave's responses join the population, and learn a control from their scores."""
-        rows, ended = self._rows(state, wave, rollouts), rollouts.ended
-        judged = replace(
-            rows,
-            rewards=rows.rewards.index_put((ended,), rewards),
-            complete=rows.complete.index_put((ended,), rollouts.complete),
-        )
-        population = judged.best(self.population, among=ended.tolist())
+        ended, complete, crossed = rollouts.ended, rollouts.complete, state.crossing
+        rows: Decoded | Crossings
+        if crossed is None:
+            rows = Decoded(state, wave, rollouts)
+        else:  # a budget may have left no room for some
+            rows = crossed if len(crossed) == len(wave) else crossed.where(ended)
+
+        def judged(chosen: Tensor) -> Population:
+            """Some of the rows that have ended, with what is known of them now."""
+            return replace(rows.take(ended[chosen]), rewards=rewards[chosen], complete=complete[chosen])
+
+        least = None if state.population is None else state.population.least(self.population)
+        nodes, lengths = rows.nodes[ended], rows.lengths[ended]
+        best = best_distinct(nodes, lengths, rewards, complete, self.population, least)
+        population = judged(torch.tensor(best, dtype=torch.int64))
         if state.population is not None:
-            population = state.population.join(population).best(self.population)
+            population = state.population.join(population).best(self.population) if best else state.population
         if state.problem.allowed is not None:
             population = population.within(state.problem.allowed)
         positions = torch.arange(rows.tokens.shape[1])
@@ -439,27 +450,24 @@ class AISP:
         weights = self._weights(population, drawn)
         if self.control_kl > 0:
             decoded = written & (positions >= wave.cut[:, None])
-            evidence = evidence.add(judged.take(ended), decoded[ended])
+            evidence = evidence.add(judged(torch.arange(len(ended))), decoded[ended])
         after = replace(
             state,
             waves=state.waves + 1,
             drawn=drawn,
-            flight=_flight(rows, wave, rollouts),
+            flight=_flight(rows) if isinstance(rows, Decoded) else state.flight,
             goes_on=not any(state.drawn < end <= drawn for end in state.ends),
             population=population,
             weights=weights,
             cuts=None,
             branches=None,
             guided=None,
-            crossable=0,
             nats=self._nats(rewards) if state.population is None else state.nats,
             visited=torch.cat([state.visited, rows.nodes[entered]]).unique(),
             evidence=evidence,
         )
-        if state.crossing is None:
-            after = replace(after, crossable=self._crossable(after, len(ended)))
-        count = self.wave_size(after)
-        after = replace(after, next_rows=count, looked_at=count * self.lookahead)
+        count, crossable = self.wave_size(after), 0 if crossed is not None else self._crossable(after, len(ended))
+        after = replace(after, next_rows=count, looked_at=count * self.lookahead, crossable=crossable)
         if state.population is None and count > 0:
             after = replace(after, guided=after.unled())
         return after, {"ess": effective_sample_size(weights), "control_kl": self.control_kl}
@@ -469,21 +477,6 @@ class AISP:
         if state.problem.allowed is not None or state.population is None or len(state.population) < 2:
             return 0
         return min(round(self.crossings * decoded), self._places(state)[1])
-
-    def _saying(self, state: AISPState, crossed: Crossings, observe: frozenset[Observable]) -> Wave:
-        """A wave of whole texts, beside the rows that have not ended, of which none has to be waited for."""
-        texts = crossed.texts
-        wave = Wave(
-            state.problem.prompt,
-            texts.tokens.clamp(min=0),
-            texts.lengths,
-            texts.keys,
-            self._cooled(state.problem.sampling),
-            self._steering(state),
-            observe,
-            enough=None if state.flight is None else len(crossed),
-        )
-        return wave if state.flight is None else _beside(state.flight, wave)
 
     def _enough(self, state: AISPState, count: int) -> int | None:
         """How many rows have to end before others take their places; None when there are no others, or may not be."""
@@ -535,10 +528,10 @@ class AISP:
 
     def _branching(self, state: AISPState, wave: Wave) -> Tensor:
         """Where the rows [N] leave what was there before: at their branching tokens."""
-        places = wave.cut - 1
         if state.crossing is not None:
-            places[state.flying :] = state.crossing.begun[: len(wave) - state.flying]
-        elif state.led is not None and state.flying < len(wave):
+            return state.crossing.begun[: len(wave)]
+        places = wave.cut - 1
+        if state.led is not None and state.flying < len(wave):
             places[state.flying] = state.led.begun - 1
         return places
 
@@ -547,39 +540,50 @@ class AISP:
             return None
         return SharedSteering(state.evidence.control(self.control_kl))
 
-    def _rows(self, state: AISPState, wave: Wave, rollouts: Rollouts) -> Population:
-        """The wave's rows as members; what was kept is known from before, since it depends on tokens only."""
-        nodes = path_nodes(rollouts.tokens, wave.prompt.key)
-        alternatives = rollouts.observed["alternatives"]
-        logprobs = rollouts.observed["alternative_logprobs"]
-        scores = rollouts.observed.get("scores", logprobs[..., :0])
-        if state.population is not None:
-            length, flying = nodes.shape[1], state.flying
-            source = parents_of(state.sources, nodes[flying:], wave.cut[flying:])
-            row, place = (torch.arange(length) < wave.cut[:, None]).nonzero(as_tuple=True)
-            kept, begun = row * length + place, int((row < flying).sum())
-            origin = source[row[begun:] - flying] * length + place[begun:]
 
-            def completed(name: str, seen: Tensor) -> Tensor:
-                """What was seen, and before that what is known of rows in flight and of parents."""
-                found = seen.clone()
-                known = getattr(state.sources, name).flatten(0, 1).index_select(0, origin)
-                if state.flight is not None:
-                    flown = getattr(state.flight.rows, name).flatten(0, 1).index_select(0, kept[:begun])
-                    known = torch.cat([flown, known])
-                found.flatten(0, 1).index_copy_(0, kept, known)
-                return found
+@dataclass(frozen=True)
+class Decoded:
+    """The N rows of a wave, some of which may become members or go on.
 
-            alternatives = completed("alternatives", alternatives)
-            logprobs = completed("logprobs", logprobs)
-            scores = completed("scores", scores)
-            branched = wave.cut > 0  # no score is known of the branching token, and it was chosen rather than drawn
-            scores[branched, wave.cut[branched] - 1] = 0
-        unknown = torch.zeros(len(wave))
-        return Population(
-            rollouts.tokens,
-            wave.keys,
-            rollouts.lengths,
+    Attributes:
+        state: Before the wave.
+        wave: What was asked for.
+        rollouts: What came of it.
+    """
+
+    state: AISPState
+    wave: Wave
+    rollouts: Rollouts
+
+    @property
+    def tokens(self) -> Tensor:
+        """[N, L] int64, -1 after what has been said."""
+        return self.rollouts.tokens
+
+    @property
+    def lengths(self) -> Tensor:
+        """[N] int64."""
+        return self.rollouts.lengths
+
+    @cached_property
+    def nodes(self) -> Tensor:
+        """[N, L] int64, hashes of the texts up to each position."""
+        return path_nodes(self.tokens, self.wave.prompt.key)
+
+    def take(self, rows: Tensor) -> Population:
+        """Those with these indices [r], with rewards of 0.
+
+        What they kept was seen before: of rows in flight by themselves, of others by a parent, as it depends on tokens
+        only.
+        """
+        seen, unknown = self.rollouts.observed, torch.zeros(len(rows))
+        alternatives, logprobs = (seen[name].index_select(0, rows) for name in ("alternatives", "alternative_logprobs"))
+        scores = seen["scores"][rows] if "scores" in seen else logprobs[..., :0]
+        nodes, cut, flying = self.nodes[rows], self.wave.cut[rows], self.state.flying
+        taken = Population(
+            self.tokens[rows],
+            self.wave.keys[rows],
+            self.lengths[rows],
             nodes,
             unknown,
             unknown.bool(),
@@ -588,6 +592,16 @@ class AISP:
             unknown.bool(),
             scores,
         )
+        if self.state.population is None:
+            return taken
+        flown = rows < flying
+        if self.state.flight is not None:
+            taken.copy(self.state.flight.rows, flown.nonzero().squeeze(1), rows[flown], cut[flown])
+        others, sources = (~flown).nonzero().squeeze(1), self.state.sources
+        taken.copy(sources, others, parents_of(sources, nodes[others], cut[others]), cut[others])
+        branched = cut > 0  # no score is known of the branching token, and it was chosen rather than drawn
+        scores[branched, cut[branched] - 1] = 0
+        return taken
 
 
 def _beside(flight: Flight, wave: Wave) -> Wave:
@@ -600,12 +614,14 @@ def _beside(flight: Flight, wave: Wave) -> Wave:
         cut=torch.cat([rows.lengths, wave.cut]),
         keys=torch.cat([rows.keys, wave.keys]),
         temperatures=torch.cat([flight.temperatures, fresh]),
+        resumed=len(flight),
         held=flight.held,
     )
 
 
-def _flight(rows: Population, wave: Wave, rollouts: Rollouts) -> Flight | None:
+def _flight(rows: Decoded) -> Flight | None:
     """The rows of a wave that have not ended."""
+    wave, rollouts = rows.wave, rows.rollouts
     if rollouts.unfinished is None:
         return None
     alike = torch.full((len(wave),), wave.sampling.temperature)

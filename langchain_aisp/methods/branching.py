@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from langchain_aisp.methods.weights import complete_first, importance_weights, temperature_for_ess
 from langchain_aisp.noise import fold
 from langchain_aisp.types import Sampling
+
+_BASE = 0x9E3779B97F4A7C15  # of the hashes of texts: odd, so that it has an inverse modulo 2**64
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Population:
         nodes: [M, L] int64, a hash of the tokens up to and including each position.
         rewards: [M] float32.
         complete: [M] bool.
-        alternatives: [M, L, K] int64, the model's likeliest tokens per position.
+        alternatives: [M, L, K] int32, the model's likeliest tokens per position.
         logprobs: [M, L, K] float32, their unsteered log-probabilities; ``-inf`` for those found to break the grammar.
         checked: [M] bool, whether that was looked for.
         scores: [M, L, D] float32, gradients of each token's log-probability by the pre-logits, 0 for branching tokens;
@@ -61,6 +66,22 @@ class Population:
             *(torch.cat([getattr(self, name), getattr(other, name)]) for name in self.__dataclass_fields__)
         )
 
+    def copy(self, other: Population, rows: Tensor, sources: Tensor, counts: Tensor) -> None:
+        """Take over, in place, what other members saw at their first positions.
+
+        Args:
+            other: These members.
+            rows: [r] int64, members that see it now, too.
+            sources: [r] int64, of the others one for each.
+            counts: [r] int64, how many positions.
+        """
+        length = self.tokens.shape[1]
+        which, place = (torch.arange(length) < counts[:, None]).nonzero(as_tuple=True)
+        origin, target = sources[which] * length + place, rows[which] * length + place
+        for name in ("alternatives", "logprobs", "scores"):
+            found = getattr(other, name).flatten(0, 1).index_select(0, origin)
+            getattr(self, name).flatten(0, 1).index_copy_(0, target, found)
+
     def within(self, allowed: Callable[[Tensor, Tensor], Tensor]) -> Population:
         """The members with alternatives that a grammar allows; ``allowed`` is asked about those not checked yet."""
         rows = (~self.checked).nonzero().squeeze(1)
@@ -70,25 +91,45 @@ class Population:
         logprobs = self.logprobs.index_put((rows,), self.logprobs[rows].masked_fill(~kept, -torch.inf))
         return replace(self, logprobs=logprobs, checked=torch.ones_like(self.checked))
 
-    def best(self, count: int, among: Sequence[int] | None = None) -> Population:
-        """The best distinct members: complete before cut off, then by reward, then the earlier one.
+    def least(self, count: int) -> Standing | None:
+        """What another one has to be better than to be among ``count`` members; None if there is room for it."""
+        return None if len(self) < count else (bool(self.complete[-1]), float(self.rewards[-1]))
 
-        Args:
-            count: How many at most.
-            among: Which members may be chosen; None for all.
-        """
-        last = self.nodes.gather(1, (self.lengths - 1).clamp(min=0)[:, None]).squeeze(1).tolist()
-        standing = list(zip(self.complete.tolist(), self.rewards.tolist(), strict=True))
-        order = sorted(range(len(self)) if among is None else among, key=lambda row: standing[row], reverse=True)
-        distinct = {last[row]: row for row in reversed(order)}
-        chosen = [row for row in order if distinct[last[row]] == row][:count]
-        return self.take(torch.tensor(chosen, dtype=torch.int64))
+    def best(self, count: int) -> Population:
+        """At most so many of the best distinct members, see ``best_distinct``."""
+        rows = best_distinct(self.nodes, self.lengths, self.rewards, self.complete, count)
+        return self if rows == [*range(len(self))] else self.take(torch.tensor(rows, dtype=torch.int64))
 
     def shortened(self) -> Population:
         """The members without the positions that none of them fills."""
         length = int(self.lengths.max())
         fields = (getattr(self, name) for name in self.__dataclass_fields__)
         return Population(*(field[:, :length] if field.dim() > 1 else field for field in fields))
+
+
+Standing: TypeAlias = tuple[bool, float]
+"""Whether a response is complete, and its reward; the greater one is better."""
+
+
+def best_distinct(
+    nodes: Tensor, lengths: Tensor, rewards: Tensor, complete: Tensor, count: int, above: Standing | None = None
+) -> list[int]:
+    """Which rows are the best distinct ones: complete before cut off, then by reward, then the earlier one.
+
+    Args:
+        nodes: [N, L] int64, see ``Population``.
+        lengths: [N] int64.
+        rewards: [N] float32.
+        complete: [N] bool.
+        count: How many at most.
+        above: Only better ones than this.
+    """
+    last = nodes.gather(1, (lengths - 1).clamp(min=0)[:, None]).squeeze(1).tolist()
+    standing = list(zip(complete.tolist(), rewards.tolist(), strict=True))
+    better = (row for row in range(len(last)) if above is None or standing[row] > above)
+    order = sorted(better, key=lambda row: standing[row], reverse=True)
+    distinct = {last[row]: row for row in reversed(order)}
+    return [row for row in order if distinct[last[row]] == row][:count]
 
 
 def branch_log_weights(
@@ -105,11 +146,13 @@ def branch_log_weights(
     logprobs = population.logprobs / (sampling.temperature or 1.0)
     logprobs = logprobs - logprobs.logsumexp(dim=-1, keepdim=True)
     positions = torch.arange(logprobs.shape[1])
-    possible = (positions < population.lengths[:, None])[..., None] & _allowed(logprobs, sampling)
-    possible &= population.alternatives != population.tokens[..., None]
-    logprobs = logprobs.masked_fill(~possible, -torch.inf)
+    possible = population.alternatives != population.tokens[..., None]
+    possible &= (positions < population.lengths[:, None])[..., None]
+    if sampling.top_p < 1 or sampling.top_k > 0:
+        possible &= _allowed(logprobs, sampling)
+    logprobs.masked_fill_(~possible, -torch.inf)
     share = logprobs - logprobs.flatten(1).logsumexp(dim=1)[:, None, None]
-    share = share.masked_fill(~possible, -torch.inf)  # nan where a parent has no branches at all
+    share.masked_fill_(~possible, -torch.inf)  # nan where a parent has no branches at all
     found = weights.log()[:, None, None] + share
     return found if cuts is None else found + cuts[..., None]
 
@@ -122,28 +165,72 @@ def _allowed(logprobs: Tensor, sampling: Sampling) -> Tensor:
 
 
 def path_nodes(tokens: Tensor, key: int) -> Tensor:
-    """Hashes [N, L] of the tokens [N, L] up to each position: equal exactly where the texts so far are equal."""
-    return key + token_nodes(tokens, key).cumsum(dim=1)  # wraps around; order enters by position
+    """Hashes [N, L] of the tokens [N, L] up to each position: equal exactly where the texts so far are equal.
+
+    A polynomial in the positions, whose coefficients are the tokens' own hashes: what a run of tokens adds elsewhere is
+    what it adds here, times ``moved``.
+    """
+    return key + token_nodes(tokens, torch.arange(tokens.shape[1]), key).cumsum(dim=1)  # wraps around
 
 
-def token_nodes(tokens: Tensor, key: int) -> Tensor:
-    """What tokens [N, L] at their positions add to the hash of a text, [N, L]."""
-    return fold(fold(key, torch.arange(tokens.shape[1])), tokens)
+def token_nodes(tokens: Tensor, positions: Tensor, key: int) -> Tensor:
+    """What tokens at some positions, of shapes that can be broadcast, add to the hash of a text."""
+    return fold(key, tokens) * moved(positions)
 
 
-def branch_nodes(population: Population, key: int) -> Tensor:
-    """Hashes [M, L, K] of the texts that the branches begin with."""
-    root = torch.full((len(population), 1), key)
-    before = torch.cat([root, population.nodes[:, :-1]], dim=1)
-    positions = torch.arange(population.nodes.shape[1])
-    return before[..., None] + fold(fold(key, positions)[:, None], population.alternatives)
+def moved(by: Tensor) -> Tensor:
+    """By what a run of tokens is multiplied in the hash of a text that has it so many positions later, of any shape."""
+    reach = int(by.abs().max()) if by.numel() else 0
+    return _powers(1 << reach.bit_length())[by + (1 << reach.bit_length())]
+
+
+@lru_cache
+def _powers(reach: int) -> Tensor:
+    """The base of the hashes to the powers from ``-reach`` to ``reach``, modulo 2**64."""
+    base = np.uint64(_BASE)
+    with np.errstate(over="ignore"):
+        ahead, behind = (np.cumprod(np.full(reach, each)) for each in (base, np.uint64(pow(_BASE, -1, 1 << 64))))
+    return torch.from_numpy(np.concatenate([behind[::-1], np.ones(1, dtype=np.uint64), ahead]).view(np.int64))
+
+
+def distinct_branches(
+    population: Population, log_weights: Tensor, visited: Tensor, key: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All branches of the parents that no response has gone through, each once.
+
+    Parents that begin alike have the same alternatives there, so their branches are one choice with the sum of their
+    weights; it counts for the first of these parents.
+
+    Args:
+        population: M possible parents.
+        log_weights: [M, L, K] of their branches.
+        visited: [S] int64, nodes that a response has gone through, sorted.
+        key: Of the prompt.
+
+    Returns:
+        Of B branches the parents [B], positions [B], ranks [B] among the alternatives, nodes [B] int64 and log-weights
+        [B] float64.
+    """
+    positions = torch.arange(log_weights.shape[1])
+    parent, position = (positions < population.lengths[:, None]).nonzero(as_tuple=True)
+    before = population.nodes[parent, position - 1].masked_fill_(position == 0, key)
+    distinct, group = before.unique(return_inverse=True)
+    weights = log_weights[parent, position].double().exp()
+    sums = torch.zeros(len(distinct), weights.shape[1], dtype=weights.dtype).index_add_(0, group, weights).log_()
+    first = torch.full_like(distinct, len(group)).scatter_reduce_(0, group, torch.arange(len(group)), "amin")
+    parent, position = parent[first], position[first]
+    nodes = distinct[:, None] + token_nodes(population.alternatives[parent, position], position[:, None], key)
+    which, rank = sums.isfinite().nonzero(as_tuple=True)
+    nodes, sums = nodes[which, rank], sums[which, rank]
+    new = ~_among(nodes, visited)
+    which, rank = which[new], rank[new]
+    return parent[which], position[which], rank, nodes[new], sums[new]
 
 
 def new_nodes(nodes: Tensor, log_weights: Tensor, visited: Tensor) -> Tensor:
     """Log-weights [B] of nodes that are each one choice, and of those visited none.
 
-    Parents that begin alike offer the same branches: the first of equal nodes bears the sum of their weights and the
-    others, like those visited, ``-inf``.
+    The first of equal nodes bears the sum of their weights and the others, like those visited, ``-inf``.
 
     Args:
         nodes: [B] int64.
@@ -153,10 +240,15 @@ def new_nodes(nodes: Tensor, log_weights: Tensor, visited: Tensor) -> Tensor:
     distinct, group = nodes.unique(return_inverse=True)
     first = torch.full_like(distinct, len(nodes)).scatter_reduce(0, group, torch.arange(len(nodes)), "amin")
     sums = torch.zeros(len(distinct), dtype=log_weights.dtype).scatter_add(0, group, log_weights.exp()).log()
-    if len(visited):
-        nearest = visited[torch.searchsorted(visited, distinct).clamp(max=len(visited) - 1)]
-        sums.masked_fill_(nearest == distinct, -torch.inf)
+    sums.masked_fill_(_among(distinct, visited), -torch.inf)
     return torch.full_like(log_weights, -torch.inf).index_put((first,), sums)
+
+
+def _among(nodes: Tensor, visited: Tensor) -> Tensor:
+    """[B] bool, which of the nodes [B] are among those visited [S], which are sorted."""
+    if not len(visited):
+        return torch.zeros_like(nodes, dtype=torch.bool)
+    return visited[torch.searchsorted(visited, nodes).clamp_(max=len(visited) - 1)] == nodes
 
 
 def parents_of(parents: Population, nodes: Tensor, cut: Tensor) -> Tensor:

@@ -10,32 +10,107 @@ cross where tokens meet, at the weight of a branch, is ours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from langchain_aisp.methods.branching import Population, new_nodes, path_nodes, token_nodes
+from langchain_aisp.methods.branching import Population, moved, new_nodes, path_nodes
 from langchain_aisp.methods.weights import drawn_without_replacement
-from langchain_aisp.noise import fold, wave_keys
+from langchain_aisp.noise import fold
 
 
 @dataclass(frozen=True)
 class Crossings:
-    """Whole texts.
+    """C whole texts: each keeps one parent up to a place and then says what another one does from some place on.
 
     Attributes:
-        texts: C of them, with rewards of 0.
-        begun: [C] int64, where they leave the first parent.
+        parents: M possible parents.
+        first: [C] int64, the parents that are left.
+        begun: [C] int64, where they are.
+        second: [C] int64, the parents that are entered.
+        at: [C] int64, where they are, at least 1.
+        key: Of the prompt.
     """
 
-    texts: Population
+    parents: Population
+    first: Tensor
     begun: Tensor
+    second: Tensor
+    at: Tensor
+    key: int
 
     def __len__(self) -> int:
         """Number of texts C."""
-        return len(self.texts)
+        return len(self.first)
+
+    def where(self, rows: Tensor) -> Crossings:
+        """Those with these indices [r], or where [C] bool is true; ``take`` makes a population of them."""
+        return Crossings(self.parents, self.first[rows], self.begun[rows], self.second[rows], self.at[rows], self.key)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """[C] int64, of the whole texts."""
+        return self.begun + self.parents.lengths[self.second] - self.at
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """[C, L] int64, -1 after the ends."""
+        return self._joined(self.parents.tokens, -1)
+
+    @cached_property
+    def nodes(self) -> Tensor:
+        """[C, L] int64, hashes of the texts up to each position."""
+        return path_nodes(self.tokens, self.key)
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """[C, L] int64 noise keys: where the first parents are kept theirs, then the nodes, since nothing is drawn."""
+        return torch.where(self._positions < self.begun[:, None], self.parents.keys[self.first], self.nodes)
+
+    @property
+    def ends(self) -> Tensor:
+        """[C] int64, the last of the nodes, without the texts' being written out."""
+        nodes, last = self.parents.nodes, self.parents.lengths - 1
+        added = nodes[self.second, last[self.second]] - nodes[self.second, self.at - 1]
+        return nodes[self.first, self.begun - 1] + added * moved(self.begun - self.at)
+
+    def take(self, rows: Tensor) -> Population:
+        """Those with these indices [r], with rewards of 0.
+
+        What the model thought of the second parents' tokens comes along, though it thought so after other words.
+        """
+        chosen, parents = self.where(rows), self.parents
+        return Population(
+            self.tokens[rows],
+            self.keys[rows],
+            chosen.lengths,
+            self.nodes[rows],
+            torch.zeros(len(chosen)),
+            parents.complete[chosen.second],
+            chosen._joined(parents.alternatives, 0),
+            chosen._joined(parents.logprobs, 0.0),
+            parents.checked[chosen.first],
+            chosen._joined(parents.scores, 0.0),
+        )
+
+    @property
+    def _positions(self) -> Tensor:
+        return torch.arange(self.parents.tokens.shape[1])
+
+    @cached_property
+    def _sources(self) -> tuple[Tensor, Tensor]:
+        """Which of all positions of all parents, laid side by side, each token comes from; what is after the ends."""
+        positions, length = self._positions, len(self._positions)
+        shifted = (positions - (self.begun - self.at)[:, None]).clamp(0, length - 1)
+        ahead, behind = self.first[:, None] * length + positions, self.second[:, None] * length + shifted
+        return torch.where(positions < self.begun[:, None], ahead, behind), positions >= self.lengths[:, None]
+
+    def _joined(self, values: Tensor, nothing: float) -> Tensor:
+        sources, outside = self._sources
+        found = values.flatten(0, 1).index_select(0, sources.flatten()).view(*sources.shape, *values.shape[2:])
+        return found.masked_fill_(outside[(..., *(None,) * (values.dim() - 2))], nothing)
 
 
 def crossings(
@@ -60,19 +135,19 @@ def crossings(
     written = (positions > 0) & (positions < population.lengths[:, None])
     first, place = written.nonzero(as_tuple=True)
     second, at = (written & population.complete[:, None]).nonzero(as_tuple=True)
-    found, other = _equal(before[first, place], before[second, at])
-    join = _Join(population, first[found], place[found], second[other], at[other])
-    join = join.take((join.first != join.second) & (join.lengths <= len(positions)))
-    same = population.alternatives[join.first, join.place] == population.tokens[join.second, join.at, None]
-    weight = branches[join.first, join.place].masked_fill(~same, -torch.inf).amax(dim=1)
+    one, other = _equal(before[first, place], before[second, at])
+    found = Crossings(population, first[one], place[one], second[other], at[other], key)
+    found = found.where((found.first != found.second) & (found.lengths <= len(positions)))
+    same = population.alternatives[found.first, found.begun] == population.tokens[found.second, found.at, None]
+    weight = branches[found.first, found.begun].masked_fill_(~same, -torch.inf).amax(dim=1)
     likely = weight.isfinite()
-    join, weight = join.take(likely), weight[likely].double()
+    found, weight = found.where(likely), weight[likely].double()
     if count < 1 or not len(weight):
         return None
-    ends = join.ends(key)
-    weight = new_nodes(ends, weight + weights[join.second].double().log(), visited)
-    join = join.take(drawn_without_replacement(weight, fold(fold(key, wave), ends), count))
-    return Crossings(join.texts(key, wave), join.place) if len(join.place) else None
+    ends = found.ends
+    weight = new_nodes(ends, weight + weights[found.second].double().log(), visited)
+    found = found.where(drawn_without_replacement(weight, fold(fold(key, wave), ends), count))
+    return found if len(found) else None
 
 
 def _equal(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,81 +158,3 @@ def _equal(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     left = torch.arange(len(one)).repeat_interleave(count)
     within = torch.arange(len(left)) - (count.cumsum(0) - count)[left]
     return left, order[begin[left] + within]
-
-
-@dataclass(frozen=True)
-class _Join:
-    """The first parents up to a place and the second ones from theirs on.
-
-    Attributes:
-        population: M possible parents.
-        first: [C] int64 parents.
-        place: [C] int64, where these are left.
-        second: [C] int64 parents.
-        at: [C] int64, where these are entered.
-    """
-
-    population: Population
-    first: Tensor
-    place: Tensor
-    second: Tensor
-    at: Tensor
-
-    def take(self, rows: Tensor) -> _Join:
-        """Those with these indices [r], or where [C] bool is true."""
-        return _Join(self.population, self.first[rows], self.place[rows], self.second[rows], self.at[rows])
-
-    @property
-    def lengths(self) -> Tensor:
-        """[C] int64, of the whole texts."""
-        return self.place + self.population.lengths[self.second] - self.at
-
-    def ends(self, key: int) -> Tensor:
-        """Nodes [C] of the whole texts, without their being written out: a parent's end adds what it adds elsewhere."""
-        length = len(self._positions)
-        moves, move = (self.second * 2 * length + self.place - self.at + length).unique(return_inverse=True)
-        parent, by = moves // (2 * length), moves % (2 * length) - length
-        index = self._positions - by[:, None]
-        inside = (index >= 0) & (index < self.population.lengths[parent][:, None])
-        tokens = self.population.tokens[parent].gather(1, index.clamp(0, length - 1))
-        added = token_nodes(tokens, key).masked_fill(~inside, 0).cumsum(dim=1)
-        return self.population.nodes[self.first, self.place - 1] + added[move, -1] - added[move, self.place - 1]
-
-    def texts(self, key: int, wave: int) -> Population:
-        """The texts, with rewards of 0.
-
-        What the model thought of the second ones' tokens comes along, though it thought so after other words; their
-        keys do not, since here the tokens are chosen and not drawn.
-        """
-        parents, positions = self.population, self._positions
-        tokens = self._joined(parents.tokens, -1)
-        fresh = wave_keys(key, wave, torch.arange(len(self.first)), len(positions))
-        return replace(
-            parents.take(self.first),
-            tokens=tokens,
-            keys=torch.where(positions < self.place[:, None], parents.keys[self.first], fresh),
-            lengths=self.lengths,
-            nodes=path_nodes(tokens, key),
-            rewards=torch.zeros(len(self.first)),
-            alternatives=self._joined(parents.alternatives, 0),
-            logprobs=self._joined(parents.logprobs, 0.0),
-            scores=self._joined(parents.scores, 0.0),
-        )
-
-    @property
-    def _positions(self) -> Tensor:
-        return torch.arange(self.population.tokens.shape[1])
-
-    @cached_property
-    def _sources(self) -> Tensor:
-        """[C, L] int64, which of all positions of all parents, laid side by side, each token comes from."""
-        positions, length = self._positions, len(self._positions)
-        shifted = (positions - (self.place - self.at)[:, None]).clamp(0, length - 1)
-        ahead, behind = self.first[:, None] * length + positions, self.second[:, None] * length + shifted
-        return torch.where(positions < self.place[:, None], ahead, behind)
-
-    def _joined(self, values: Tensor, nothing: float) -> Tensor:
-        found = values.flatten(0, 1).index_select(0, self._sources.flatten())
-        found = found.view(*self._sources.shape, *values.shape[2:])
-        outside = self._positions >= self.lengths[:, None]
-        return found.masked_fill_(outside[(..., *(None,) * (values.dim() - 2))], nothing)

@@ -11,7 +11,7 @@ from langchain_aisp.types import require
 
 _DECADES = 9.0
 """How far, in powers of ten, a reward temperature may lie from the spread of the rewards."""
-_STEPS = np.arange(1, 65) / 64
+_STEPS = np.arange(65) / 64
 
 
 def importance_weights(rewards: Tensor, reward_temperature: float, cost: Tensor | float = 0.0) -> Tensor:
@@ -49,19 +49,22 @@ def temperature_for_ess(rewards: Tensor, target: float) -> float:
         λ > 0, for ``importance_weights``.
     """
     require(target >= 1, f"the target effective sample size must be at least 1, got {target}")
-    finite = rewards[rewards.isfinite()].double().numpy()  # a small array, and numpy's calls cost a tenth of torch's
+    given = rewards.numpy().astype(np.float64)  # a small array, and numpy's calls cost a tenth of torch's
+    finite = given[np.isfinite(given)]
     behind = finite - finite.max()
     spread = float(-behind.min())
     if spread == 0:
         return 1.0
-    low, high = -_DECADES, _DECADES
-    for _ in range(5):  # rounds of 64 steps, from 18 decades down to less than float32 weights can tell
-        ends = low + (high - low) * _STEPS
+    low, width = -_DECADES, 2 * _DECADES
+    for _ in range(2):  # rounds of 64 steps, from 18 decades down to the 228th part of one
+        ends = low + width * _STEPS
         weights = np.exp(behind / (spread * 10.0 ** ends[:, None]))
         ess = weights.sum(axis=1) ** 2 / np.square(weights).sum(axis=1)
-        first = int(np.argmax(ess >= target)) if ess[-1] >= target else len(ends) - 1
-        low, high = ends[first] - (high - low) / 64, ends[first]
-    return float(spread * 10.0**high)
+        after = max(1, int(np.argmax(ess >= target)) if ess[-1] >= target else len(ends) - 1)
+        low, width = ends[after - 1], width / (len(ends) - 1)
+    rise = ess[after] - ess[after - 1]  # nearly straight between two steps so near
+    share = (target - ess[after - 1]) / rise if rise > 0 else 0.0
+    return float(spread * 10.0 ** (low + width * min(max(share, 0.0), 1.0)))
 
 
 def complete_first(rewards: Tensor, complete: Tensor) -> Tensor:

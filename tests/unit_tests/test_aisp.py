@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from langchain_aisp.methods import AISP, BestOfN
-from langchain_aisp.methods.aisp import (
-    Evidence,
+from langchain_aisp.methods.aisp import Evidence, draw_branches
+from langchain_aisp.methods.branching import (
     Population,
     branch_log_weights,
-    branch_nodes,
-    draw_branches,
+    distinct_branches,
+    moved,
     new_nodes,
     path_nodes,
 )
@@ -119,27 +119,36 @@ def test_the_search_narrows_as_it_goes_on():
 
 
 def test_first_branches_are_drawn_in_proportion_to_their_weights():
-    """Gumbel top-k: chi-square with 6 degrees of freedom exceeds 22.5 by chance once in a thousand seeds.
+    """Gumbel top-k: chi-square with 4 degrees of freedom exceeds 18.5 by chance once in a thousand seeds.
 
-    Both parents' alternatives begin with the tokens 1 and 2. The first parent says 1 itself, so that is a branch of the
-    second one alone; 2 is one branch, and it counts for the first.
+    Of the three tokens that either parent could begin with they say 1 and 3 themselves; 2 is one branch, and it counts
+    for the first.
     """
     method, draws = AISP(samples=64, iterations=2), 2000
     start = method.init(problem(ToyEngine(), SAMPLING))
     expected = branch_log_weights(TWO, EVEN, SAMPLING).exp().flatten()
     expected[1] += expected[7]
-    expected[7] = 0
+    expected[[2, 6, 7]] = 0
+    expected /= expected.sum()
     found = torch.zeros_like(expected)
     for key in range(draws):
         prompt = replace(start.problem.prompt, key=key)
         members = replace(TWO, nodes=path_nodes(TWO.tokens, key))
-        state = replace(start, problem=replace(start.problem, prompt=prompt), waves=1, population=members, weights=EVEN)
+        state = replace(
+            start,
+            problem=replace(start.problem, prompt=prompt),
+            waves=1,
+            population=members,
+            weights=EVEN,
+            visited=members.nodes.flatten().sort().values,
+        )
         drawn = draw_branches(state, 1)
         found[int(drawn.parents) * 6 + int(drawn.positions) * 3 + int(drawn.tokens) - 1] += 1
     possible = expected > 0
     assert found[~possible].sum() == 0
     deviation = (found - draws * expected)[possible].square() / (draws * expected[possible])
-    assert float(deviation.sum()) < 22.5
+    assert int(possible.sum()) == 5
+    assert float(deviation.sum()) < 18.5
 
 
 def test_no_branch_is_drawn_twice_in_a_whole_search():
@@ -320,12 +329,29 @@ def test_without_evidence_there_is_no_control():
     assert torch.equal(flat.control(1.0), torch.zeros(8))
 
 
-def test_branch_nodes_are_the_path_nodes_of_the_texts_they_begin():
-    nodes = branch_nodes(TWO, 5)
-    for member, position, rank in [(0, 0, 1), (0, 1, 0), (1, 1, 2)]:
-        text = TWO.tokens[member : member + 1, : position + 1].clone()
-        text[0, position] = TWO.alternatives[member, position, rank]
-        assert int(nodes[member, position, rank]) == int(path_nodes(text, 5)[0, position])
+def test_branches_are_each_once_with_the_node_of_the_text_they_begin():
+    weights = branch_log_weights(TWO, EVEN, SAMPLING)
+    visited = path_nodes(torch.tensor([[2, 1]]), 5)[0, :1]  # only a text that begins with 2
+    parents, positions, ranks, nodes, found = distinct_branches(TWO, weights, visited, 5)
+    texts = TWO.tokens[parents].where(torch.arange(2) < positions[:, None], -1)
+    texts[torch.arange(len(texts)), positions] = TWO.alternatives[parents, positions, ranks]
+    assert nodes.tolist() == path_nodes(texts, 5).gather(1, positions[:, None]).flatten().tolist()
+    begun = {
+        tuple(text[: end + 1]): weight
+        for text, end, weight in zip(texts.tolist(), positions.tolist(), found.exp().tolist(), strict=True)
+    }
+    assert set(begun) == {(1,), (3,), (1, 1), (1, 3), (3, 1), (3, 2)}
+    assert len(begun) == len(nodes)
+    assert begun[(3,)] == pytest.approx(float(weights[0, 0, 2].exp()))
+    everything = distinct_branches(TWO, weights, visited[:0], 5)[-1]
+    assert float(everything.exp().sum()) == pytest.approx(1)
+
+
+def test_a_run_of_tokens_adds_to_the_hash_what_it_adds_elsewhere_times_a_factor():
+    one, other = torch.tensor([[7, 3, 9, 4, 8]]), torch.tensor([[1, 1, 1, 3, 9]])
+    there, here = ((nodes := path_nodes(each, 5)[0])[end] - nodes[end - 2] for each, end in ((one, 2), (other, 4)))
+    by = torch.tensor([2, -2, 0])
+    assert (int(here), int(there), int(there)) == tuple((torch.stack([there, here, there]) * moved(by)).tolist())
 
 
 @pytest.mark.parametrize(

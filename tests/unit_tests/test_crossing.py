@@ -9,11 +9,11 @@ from statistics import mean
 import pytest
 import torch
 
-from langchain_aisp.align import align
+from langchain_aisp.align import Budget, align
 from langchain_aisp.engine import TransformersEngine
 from langchain_aisp.methods import AISP
 from langchain_aisp.methods.branching import Population, branch_log_weights, path_nodes
-from langchain_aisp.methods.crossing import crossings
+from langchain_aisp.methods.crossing import Crossings, crossings
 from langchain_aisp.rewards import as_reward
 from langchain_aisp.types import Sampling, Wave
 from tests import tiny
@@ -50,22 +50,24 @@ def crossed(members: Population, count: int = 100, visited: torch.Tensor | None 
     return crossings(members, branches, weights, known, KEY, wave, count)
 
 
-def said(texts: Population) -> list[list[int]]:
+def said(texts: Population | Crossings | None) -> list[list[int]]:
+    assert texts is not None
     return [row[:n] for row, n in zip(texts.tokens.tolist(), texts.lengths.tolist(), strict=True)]
 
 
 def test_a_text_keeps_one_beginning_and_goes_on_with_an_end_after_the_same_token():
     """Both say 1 before a token in which they differ; after 3 and 4, and at 2, they share nothing."""
     found = crossed(parents([2, 1, 3, 0], [1, 4, 4, 0]))
-    assert sorted(zip(said(found.texts), found.begun.tolist(), strict=True)) == [([1, 3, 0], 1), ([2, 1, 4, 4, 0], 2)]
+    assert sorted(zip(said(found), found.begun.tolist(), strict=True)) == [([1, 3, 0], 1), ([2, 1, 4, 4, 0], 2)]
 
 
 def test_what_the_model_thought_of_the_tokens_comes_along():
     members = parents([2, 1, 3, 0], [1, 4, 4, 0])
     members.logprobs[0, 2], members.logprobs[1, 1] = -3.0, -4.0
     found = crossed(members)
-    row = said(found.texts).index([2, 1, 4, 4, 0])
-    texts = found.texts
+    assert found is not None
+    row = said(found).index([2, 1, 4, 4, 0])
+    texts = found.take(torch.arange(len(found)))
     assert texts.keys[row, :2].tolist() == [0, 1]
     assert not set(texts.keys[row, 2:].tolist()) & set(members.keys.flatten().tolist())  # chosen and not drawn
     assert texts.logprobs[row, 2].tolist() == [-4.0] * 4
@@ -77,10 +79,12 @@ def test_what_the_model_thought_of_the_tokens_comes_along():
 def test_what_was_said_is_not_said_again_and_nothing_twice():
     members = parents([2, 1, 3, 0], [1, 4, 4, 0], [2, 1, 3, 3, 0], [1, 4, 3, 0])
     found = crossed(members)
-    texts = list(map(tuple, said(found.texts)))
+    assert found is not None
+    texts = list(map(tuple, said(found)))
     assert len(set(texts)) == len(texts) > 4
-    nodes = found.texts.nodes.gather(1, found.texts.lengths[:, None] - 1).squeeze(1)
-    assert list(map(tuple, said(crossed(members, visited=nodes[1:]).texts))) == texts[:1]
+    nodes = found.nodes.gather(1, found.lengths[:, None] - 1).squeeze(1)
+    assert torch.equal(found.ends, nodes)
+    assert list(map(tuple, said(crossed(members, visited=nodes[1:])))) == texts[:1]
     assert crossed(members, visited=nodes) is None
 
 
@@ -94,14 +98,14 @@ def test_an_end_comes_from_a_complete_parent_and_fits():
     long = parents([2, 2, 2, 2, 2, 2, 1, 0], [1, 4, 4, 4, 4, 4, 4, 0])
     assert crossed(long) is None  # 1 after six tokens, and seven more
     short = parents([2, 2, 2, 2, 2, 2, 1, 0], [1, 4, 0])
-    assert [2, 2, 2, 2, 1, 4, 4, 0] in said(crossed(parents([2, 2, 2, 2, 1, 3, 3, 0], [1, 4, 4, 0])).texts)
+    assert [2, 2, 2, 2, 1, 4, 4, 0] in said(crossed(parents([2, 2, 2, 2, 1, 3, 3, 0], [1, 4, 4, 0])))
     assert crossed(short) is None  # one token too many
 
 
 def test_a_token_that_the_model_does_not_find_likely_is_no_crossing():
     members = parents([2, 1, 3, 0], [1, 4, 4, 0])
     members.logprobs[0, 2, 3] = -torch.inf  # the 4 after 2, 1
-    assert said(crossed(members).texts) == [[1, 3, 0]]
+    assert said(crossed(members)) == [[1, 3, 0]]
 
 
 def test_likelier_crossings_of_better_parents_come_first():
@@ -109,7 +113,7 @@ def test_likelier_crossings_of_better_parents_come_first():
     branches = branch_log_weights(members, torch.tensor([0.9, 0.08, 0.02]), SAMPLING)
     weights = torch.tensor([0.1, 0.89, 0.01])
     nothing = torch.zeros(0, dtype=torch.int64)
-    first = [said(crossings(members, branches, weights, nothing, KEY, wave, 1).texts)[0] for wave in range(200)]
+    first = [said(crossings(members, branches, weights, nothing, KEY, wave, 1))[0] for wave in range(200)]
     assert first.count([2, 1, 4, 4, 0]) > 150
 
 
@@ -151,13 +155,13 @@ def test_where_beginnings_can_be_asked_about_or_none_is_wanted_there_is_none(set
 
 
 def test_a_search_with_crossings_decodes_less_for_as_good_answers():
-    """Over 16 seeds, the same for both; a word whose parts different samples have."""
+    """Over 48 seeds, the same for both; a word whose parts different samples have."""
     found = {
         ratio: [
             outcome(
                 play(AISP(128, crossings=ratio), ToyEngine(scale=0.3), spells("badgebadge"), Sampling(10), seed=seed)
             )
-            for seed in range(16)
+            for seed in range(48)
         ]
         for ratio in (0.0, 1.0)
     }
@@ -186,3 +190,13 @@ def test_rows_in_flight_go_on_beside_them_as_if_nothing_were_held(overlap):
     assert len(whole) > 5
     read_again = align(Forgetful(tiny.model(), tiny.tokenizer()), reward, method, CHAT, sampling=sampling)
     assert [each.tokens for each in read_again.candidates] == [each.tokens for each in found.candidates]
+
+
+@pytest.mark.parametrize("samples", range(17, 96, 6))
+def test_a_budget_ends_the_search_exactly_there_wherever_rows_are_in_flight(samples):
+    """The crossings leave room for the rows that wait beside them."""
+    method, budget = AISP(96, 6, crossings=1.0), Budget(samples=samples)
+    found = outcome(play(method, ToyEngine(), spells("badge"), Sampling(10), budget=budget))
+    assert (found.samples, found.stopped) == (samples, "samples")
+    order = sorted(found.candidates, key=lambda each: (each.iteration, each.row))
+    assert all(each.cut <= len(each.tokens) and each.known <= place for place, each in enumerate(order))
