@@ -444,6 +444,7 @@ def compare_on_test(pair: str, sources: Sources, plan: Plan) -> dict[str, Any]:
     require(pair in frozen, f"no settings were chosen for {pair} yet; run --dev first")
     settings, samples = frozen[pair]["chosen"], frozen[pair]["samples"]
     require(samples == plan.samples, f"{pair}: settings were chosen at {samples} samples, --samples is {plan.samples}")
+    fit_network(pair, sources, plan)
     asked = Questions(pair, sources, "test", plan.test)
     paths = run_arms(asked, plan.makers(pair, settings), plan.folder, plan.workers)
     told = compare(paths, OURS, YARDSTICK, sooner=[QUARTER])
