@@ -17,6 +17,9 @@ from langchain_aisp.types import Sampling
 
 _BASE = 0x9E3779B97F4A7C15  # of the hashes of texts: odd, so that it has an inverse modulo 2**64
 
+Standing: TypeAlias = tuple[bool, float]
+"""Whether a response is complete, and its reward; the greater one is better."""
+
 
 @dataclass(frozen=True)
 class Population:
@@ -107,10 +110,6 @@ class Population:
         return Population(*(field[:, :length] if field.dim() > 1 else field for field in fields))
 
 
-Standing: TypeAlias = tuple[bool, float]
-"""Whether a response is complete, and its reward; the greater one is better."""
-
-
 def best_distinct(
     nodes: Tensor, lengths: Tensor, rewards: Tensor, complete: Tensor, count: int, above: Standing | None = None
 ) -> list[int]:
@@ -180,8 +179,8 @@ def token_nodes(tokens: Tensor, positions: Tensor, key: int) -> Tensor:
 
 def moved(by: Tensor) -> Tensor:
     """By what a run of tokens is multiplied in the hash of a text that has it so many positions later, of any shape."""
-    reach = int(by.abs().max()) if by.numel() else 0
-    return _powers(1 << reach.bit_length())[by + (1 << reach.bit_length())]
+    reach = 1 << (int(by.abs().max()) if by.numel() else 0).bit_length()  # in few sizes, so that few are kept
+    return _powers(reach)[by + reach]
 
 
 @lru_cache
@@ -204,7 +203,7 @@ def distinct_branches(
     Args:
         population: M possible parents.
         log_weights: [M, L, K] of their branches.
-        visited: [S] int64, nodes that a response has gone through, sorted.
+        visited: [S] int64, nodes that a response has gone through, sorted; those of the parents are among them.
         key: Of the prompt.
 
     Returns:
@@ -214,10 +213,9 @@ def distinct_branches(
     positions = torch.arange(log_weights.shape[1])
     parent, position = (positions < population.lengths[:, None]).nonzero(as_tuple=True)
     before = population.nodes[parent, position - 1].masked_fill_(position == 0, key)
-    distinct, group = before.unique(return_inverse=True)
+    distinct, group, first = _groups(before)
     weights = log_weights[parent, position].double().exp()
     sums = torch.zeros(len(distinct), weights.shape[1], dtype=weights.dtype).index_add_(0, group, weights).log_()
-    first = torch.full_like(distinct, len(group)).scatter_reduce_(0, group, torch.arange(len(group)), "amin")
     parent, position = parent[first], position[first]
     nodes = distinct[:, None] + token_nodes(population.alternatives[parent, position], position[:, None], key)
     which, rank = sums.isfinite().nonzero(as_tuple=True)
@@ -237,11 +235,17 @@ def new_nodes(nodes: Tensor, log_weights: Tensor, visited: Tensor) -> Tensor:
         log_weights: [B].
         visited: [S] int64, sorted.
     """
-    distinct, group = nodes.unique(return_inverse=True)
-    first = torch.full_like(distinct, len(nodes)).scatter_reduce(0, group, torch.arange(len(nodes)), "amin")
+    distinct, group, first = _groups(nodes)
     sums = torch.zeros(len(distinct), dtype=log_weights.dtype).scatter_add(0, group, log_weights.exp()).log()
     sums.masked_fill_(_among(distinct, visited), -torch.inf)
     return torch.full_like(log_weights, -torch.inf).index_put((first,), sums)
+
+
+def _groups(nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of nodes [B] the distinct ones [G], for each which of these it is [B], and where each of these is first [G]."""
+    distinct, group = nodes.unique(return_inverse=True)
+    first = torch.full_like(distinct, len(nodes)).scatter_reduce_(0, group, torch.arange(len(nodes)), "amin")
+    return distinct, group, first
 
 
 def _among(nodes: Tensor, visited: Tensor) -> Tensor:
