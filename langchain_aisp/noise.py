@@ -17,8 +17,8 @@ _GOLDEN = -0x61C8864680B583EB  # 2**64 / golden ratio, as a signed 64-bit intege
 _MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
 _MIX_2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
 
-_U_GOLDEN, _U_MIX_1, _U_MIX_2 = (np.uint64(each % (1 << 64)) for each in (_GOLDEN, _MIX_1, _MIX_2))
-_U27, _U30, _U31 = np.uint64(27), np.uint64(30), np.uint64(31)
+_WORD = (1 << 64) - 1
+_U_GOLDEN, _U_MIX_1, _U_MIX_2 = (each & _WORD for each in (_GOLDEN, _MIX_1, _MIX_2))
 _Words: TypeAlias = "np.ndarray[Any, np.dtype[np.uint64]]"
 
 UNIFORM_STREAM = 1
@@ -45,29 +45,35 @@ def _mix(x: Tensor) -> Tensor:
 
 def fold(keys: Tensor | int, data: Tensor | int) -> Tensor:
     """New int64 keys from keys and integers, broadcast against each other."""
-    keys, data = torch.as_tensor(keys, dtype=torch.int64), torch.as_tensor(data, dtype=torch.int64)
-    if keys.device.type == data.device.type == "cpu":
-        return torch.from_numpy(_fold_numpy(keys.numpy(), data.numpy()))
-    return _fold_torch(keys, data)
+    if any(isinstance(each, Tensor) and each.device.type != "cpu" for each in (keys, data)):
+        return _fold_torch(torch.as_tensor(keys), torch.as_tensor(data))
+    words = _mix_words(_mix_words(_words(keys) + _U_GOLDEN) ^ _mix_words(_words(data) * _U_GOLDEN + _U_MIX_1))
+    return torch.tensor(_wrap(words)) if isinstance(words, int) else torch.from_numpy(words.view(np.int64))
 
 
 def _fold_torch(keys: Tensor, data: Tensor) -> Tensor:
     return _mix(_mix(keys + _GOLDEN) ^ _mix(data * _GOLDEN + _MIX_1))
 
 
-def _mix_numpy(x: _Words) -> _Words:
-    """``_mix``; on a CPU numpy's calls cost a fifth of torch's, which is most of the cost for small arrays."""
-    x = (x ^ (x >> _U30)) * _U_MIX_1
-    x = (x ^ (x >> _U27)) * _U_MIX_2
-    return x ^ (x >> _U31)
+def _words(x: Tensor | int) -> Any:
+    """On a CPU a single number is mixed by Python and an array by numpy, whose calls cost a fifth of torch's."""
+    if isinstance(x, Tensor) and x.dim() > 0:
+        return x.to(torch.int64).numpy().view(np.uint64)
+    return int(x)
 
 
-def _fold_numpy(keys: Any, data: Any) -> Any:
-    with np.errstate(over="ignore"):  # numpy warns of numbers that wrap around, though not of arrays
-        keys, data = np.asarray(keys).view(np.uint64), np.asarray(data).view(np.uint64)
-        return np.asarray(_mix_numpy(_mix_numpy(keys + _U_GOLDEN) ^ _mix_numpy(data * _U_GOLDEN + _U_MIX_1))).view(
-            np.int64
-        )
+def _mix_words(x: Any) -> Any:
+    """``_mix``, in place where there are many."""
+    if isinstance(x, int):
+        x &= _WORD
+        x = (x ^ (x >> 30)) * _U_MIX_1 & _WORD
+        x = (x ^ (x >> 27)) * _U_MIX_2 & _WORD
+        return x ^ (x >> 31)
+    for bits, times in ((30, _U_MIX_1), (27, _U_MIX_2)):
+        x ^= x >> bits
+        x *= times
+    x ^= x >> 31
+    return x
 
 
 def uniform(keys: Tensor, stream: int = UNIFORM_STREAM) -> Tensor:
@@ -86,8 +92,8 @@ def normal(keys: Tensor, width: int) -> Tensor:
 
 def gumbel(keys: Tensor) -> Tensor:
     """Standard Gumbel float64 numbers, one per key: 53 random bits, since ranking thousands of them needs no ties."""
-    u = (_shift_right(fold(keys, GUMBEL_STREAM), 11).to(torch.float64) + 0.5) * 2.0**-53
-    return -torch.log(-torch.log(u))
+    u = _shift_right(fold(keys, GUMBEL_STREAM), 11).to(torch.float64).add_(0.5).mul_(2.0**-53)
+    return u.log_().neg_().log_().neg_()
 
 
 def request_key(seed: int, ids: tuple[int, ...]) -> int:
@@ -105,4 +111,4 @@ def wave_keys(prompt_key: int, iteration: int, rows: Tensor, length: int) -> Ten
 
 def _wrap(value: int) -> int:
     """Any integer as a signed 64-bit one."""
-    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+    return ((value + (1 << 63)) & _WORD) - (1 << 63)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -284,9 +285,9 @@ def draw_branches(state: AISPState, count: int) -> Branches:
     population, key = state.population.shortened(), state.problem.prompt.key
     cuts = None if state.cuts is None else state.cuts[:, : population.tokens.shape[1]]
     weights = branch_log_weights(population, state.weights, state.problem.sampling, cuts)
-    parent, position, rank, node, weight = distinct_branches(population, weights, state.visited, key)
+    place, node, weight = distinct_branches(population, weights, state.visited, key)
     chosen = drawn_without_replacement(weight, fold(fold(key, state.waves), node), count)
-    parent, position, rank = parent[chosen], position[chosen], rank[chosen]
+    parent, position, rank = torch.unravel_index(place[chosen], weights.shape)
     return Branches(parent, position, population.alternatives[parent, position, rank].long(), node[chosen])
 
 
@@ -463,7 +464,7 @@ class AISP:
             branches=None,
             guided=None,
             nats=self._nats(rewards) if state.population is None else state.nats,
-            visited=torch.cat([state.visited, rows.nodes[entered]]).unique(),
+            visited=torch.from_numpy(np.sort(torch.cat([state.visited, rows.nodes[entered]]).numpy())),
             evidence=evidence,
         )
         count, crossable = self.wave_size(after), 0 if crossed is not None else self._crossable(after, len(ended))

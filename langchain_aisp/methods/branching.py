@@ -17,6 +17,8 @@ from langchain_aisp.types import Sampling
 
 _BASE = 0x9E3779B97F4A7C15  # of the hashes of texts: odd, so that it has an inverse modulo 2**64
 
+_LOW_BITS = 0xFFFF  # of hashes, enough to tell most of them apart
+
 Standing: TypeAlias = tuple[bool, float]
 """Whether a response is complete, and its reward; the greater one is better."""
 
@@ -142,18 +144,17 @@ def branch_log_weights(
         sampling: How tokens are drawn.
         cuts: [M, L] log-weights of the positions, see ``methods.credit``; None if all are alike.
     """
-    logprobs = population.logprobs / (sampling.temperature or 1.0)
-    logprobs = logprobs - logprobs.logsumexp(dim=-1, keepdim=True)
+    logprobs = (population.logprobs / (sampling.temperature or 1.0)).log_softmax(dim=-1)
     positions = torch.arange(logprobs.shape[1])
     possible = population.alternatives != population.tokens[..., None]
     possible &= (positions < population.lengths[:, None])[..., None]
     if sampling.top_p < 1 or sampling.top_k > 0:
         possible &= _allowed(logprobs, sampling)
     logprobs.masked_fill_(~possible, -torch.inf)
-    share = logprobs - logprobs.flatten(1).logsumexp(dim=1)[:, None, None]
+    share = logprobs.flatten(1).log_softmax(dim=1).view_as(logprobs)
     share.masked_fill_(~possible, -torch.inf)  # nan where a parent has no branches at all
-    found = weights.log()[:, None, None] + share
-    return found if cuts is None else found + cuts[..., None]
+    share += weights.log()[:, None, None]
+    return share if cuts is None else share + cuts[..., None]
 
 
 def _allowed(logprobs: Tensor, sampling: Sampling) -> Tensor:
@@ -194,7 +195,7 @@ def _powers(reach: int) -> Tensor:
 
 def distinct_branches(
     population: Population, log_weights: Tensor, visited: Tensor, key: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """All branches of the parents that no response has gone through, each once.
 
     Parents that begin alike have the same alternatives there, so their branches are one choice with the sum of their
@@ -207,22 +208,22 @@ def distinct_branches(
         key: Of the prompt.
 
     Returns:
-        Of B branches the parents [B], positions [B], ranks [B] among the alternatives, nodes [B] int64 and log-weights
-        [B] float64.
+        Of B branches the places [B] in ``log_weights`` laid flat, nodes [B] int64 and log-weights [B] float64.
     """
-    positions = torch.arange(log_weights.shape[1])
-    parent, position = (positions < population.lengths[:, None]).nonzero(as_tuple=True)
-    before = population.nodes[parent, position - 1].masked_fill_(position == 0, key)
-    distinct, group, first = _groups(before)
-    weights = log_weights[parent, position].double().exp()
-    sums = torch.zeros(len(distinct), weights.shape[1], dtype=weights.dtype).index_add_(0, group, weights).log_()
-    parent, position = parent[first], position[first]
-    nodes = distinct[:, None] + token_nodes(population.alternatives[parent, position], position[:, None], key)
-    which, rank = sums.isfinite().nonzero(as_tuple=True)
-    nodes, sums = nodes[which, rank], sums[which, rank]
-    new = ~_among(nodes, visited)
-    which, rank = which[new], rank[new]
-    return parent[which], position[which], rank, nodes[new], sums[new]
+    length, width = log_weights.shape[1:]
+    written = torch.arange(length) < population.lengths[:, None]
+    place = written.flatten().nonzero().squeeze(1)
+    before = torch.cat([torch.full((len(population), 1), key), population.nodes[:, : length - 1]], dim=1)
+    distinct, group, first = _groups(before.flatten()[place])
+    weights = log_weights.flatten(0, 1)[place].double().exp()
+    sums = torch.zeros(len(distinct), width, dtype=weights.dtype).index_add_(0, group, weights).log_().flatten()
+    first = place[first, None]
+    tokens = population.alternatives.flatten(0, 1)[first.squeeze(1)]
+    nodes = (distinct[:, None] + token_nodes(tokens, first % length, key)).flatten()
+    alike = _alike(nodes, visited)
+    sums[alike[_among(nodes[alike], visited)]] = -torch.inf
+    new = sums.isfinite().nonzero().squeeze(1)
+    return (first * width + torch.arange(width)).flatten()[new], nodes[new], sums[new]
 
 
 def new_nodes(nodes: Tensor, log_weights: Tensor, visited: Tensor) -> Tensor:
@@ -253,6 +254,13 @@ def _among(nodes: Tensor, visited: Tensor) -> Tensor:
     if not len(visited):
         return torch.zeros_like(nodes, dtype=torch.bool)
     return visited[torch.searchsorted(visited, nodes).clamp_(max=len(visited) - 1)] == nodes
+
+
+def _alike(nodes: Tensor, visited: Tensor) -> Tensor:
+    """Where of the nodes [B] those [F] are that may be among the ones visited [S]: others need no search."""
+    low = torch.zeros(_LOW_BITS + 1, dtype=torch.bool)
+    low[visited & _LOW_BITS] = True
+    return low[nodes & _LOW_BITS].nonzero().squeeze(1)
 
 
 def parents_of(parents: Population, nodes: Tensor, cut: Tensor) -> Tensor:

@@ -12,13 +12,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from langchain_aisp.methods.branching import Population, moved, new_nodes, path_nodes
 from langchain_aisp.methods.weights import drawn_without_replacement
 from langchain_aisp.noise import fold
+
+_Numbers: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
 
 @dataclass(frozen=True)
@@ -130,31 +134,46 @@ def crossings(
     Returns:
         None where there are none.
     """
-    before = population.tokens.roll(1, dims=1)
-    positions = torch.arange(population.tokens.shape[1])
-    written = (positions > 0) & (positions < population.lengths[:, None])
-    first, place = written.nonzero(as_tuple=True)
-    second, at = (written & population.complete[:, None]).nonzero(as_tuple=True)
-    one, other = _equal(before[first, place], before[second, at])
-    found = Crossings(population, first[one], place[one], second[other], at[other], key)
-    found = found.where((found.first != found.second) & (found.lengths <= len(positions)))
-    same = population.alternatives[found.first, found.begun] == population.tokens[found.second, found.at, None]
-    weight = branches[found.first, found.begun].masked_fill_(~same, -torch.inf).amax(dim=1)
-    likely = weight.isfinite()
-    found, weight = found.where(likely), weight[likely].double()
-    if count < 1 or not len(weight):
+    places = _meetings(population)
+    first, begun, second, at = places
+    same = population.alternatives.numpy()[first, begun] == population.tokens.numpy()[second, at, None]
+    weight = np.where(same, branches.numpy()[first, begun], -np.inf).max(axis=1, initial=-np.inf)
+    likely = np.isfinite(weight)
+    if count < 1 or not likely.any():
         return None
-    ends = found.ends
-    weight = new_nodes(ends, weight + weights[found.second].double().log(), visited)
-    found = found.where(drawn_without_replacement(weight, fold(fold(key, wave), ends), count))
+    rows = torch.from_numpy(places[:, likely])
+    found = Crossings(population, rows[0], rows[1], rows[2], rows[3], key)
+    ends, log_weights = found.ends, torch.from_numpy(weight[likely]).double() + weights[found.second].double().log()
+    log_weights = new_nodes(ends, log_weights, visited)
+    found = found.where(drawn_without_replacement(log_weights, fold(fold(key, wave), ends), count))
     return found if len(found) else None
 
 
-def _equal(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+def _meetings(population: Population) -> _Numbers:
+    """First parents, where they are left, second parents, and where they are entered: [4, P] for so many places.
+
+    The tokens before both are the same and the tokens there are not; the text has room. In numpy, as ``noise.fold``.
+    """
+    lengths, complete, tokens = population.lengths.numpy(), population.complete.numpy(), population.tokens.numpy()
+    length = tokens.shape[1]
+    written = np.arange(length) < lengths[:, None]
+    written[:, 0] = False
+    leaves, enters = np.flatnonzero(written), np.flatnonzero(written & complete[:, None])
+    said = tokens.ravel()
+    one, other = _equal(said[leaves - 1], said[enters - 1])
+    leaves, enters = leaves[one], enters[other]
+    places = np.stack([leaves // length, leaves % length, enters // length, enters % length])
+    first, begun, second, at = places
+    fits = (first != second) & (said[leaves] != said[enters]) & (begun + lengths[second] - at <= length)
+    return places[:, fits]
+
+
+def _equal(one: _Numbers, other: _Numbers) -> tuple[_Numbers, _Numbers]:
     """Indices [P] into both of all equal values of one [A] and other [B]."""
-    ordered, order = other.sort()
-    begin, end = torch.searchsorted(ordered, one), torch.searchsorted(ordered, one, right=True)
+    order = other.argsort(kind="stable")
+    ordered = other[order]
+    begin, end = ordered.searchsorted(one), ordered.searchsorted(one, side="right")
     count = end - begin
-    left = torch.arange(len(one)).repeat_interleave(count)
-    within = torch.arange(len(left)) - (count.cumsum(0) - count)[left]
+    left = np.arange(len(one)).repeat(count)
+    within = np.arange(len(left)) - (count.cumsum() - count)[left]
     return left, order[begin[left] + within]

@@ -332,7 +332,8 @@ def test_without_evidence_there_is_no_control():
 def test_branches_are_each_once_with_the_node_of_the_text_they_begin():
     weights = branch_log_weights(TWO, EVEN, SAMPLING)
     visited = path_nodes(torch.tensor([[2, 1]]), 5)[0, :1]  # only a text that begins with 2
-    parents, positions, ranks, nodes, found = distinct_branches(TWO, weights, visited, 5)
+    places, nodes, found = distinct_branches(TWO, weights, visited, 5)
+    parents, positions, ranks = torch.unravel_index(places, weights.shape)
     texts = TWO.tokens[parents].where(torch.arange(2) < positions[:, None], -1)
     texts[torch.arange(len(texts)), positions] = TWO.alternatives[parents, positions, ranks]
     assert nodes.tolist() == path_nodes(texts, 5).gather(1, positions[:, None]).flatten().tolist()

@@ -118,8 +118,10 @@ def test_any_integer_is_a_seed(seed: int) -> None:
     assert key == request_key(seed + 2**64, (1, 2, 3))
 
 
-def test_numpy_on_a_cpu_gives_the_bits_of_torch_elsewhere():
+def test_numpy_and_python_on_a_cpu_give_the_bits_of_torch_elsewhere():
     keys = torch.tensor([0, 1, -1, 2**62, -(2**63), 2**63 - 1])
     for data in (keys.flip(0), keys[:, None], torch.tensor(7)):
         assert torch.equal(noise.fold(keys, data), noise._fold_torch(keys, data))
-    assert torch.equal(noise.fold(3, 5), noise._fold_torch(torch.tensor(3), torch.tensor(5)))
+    for one in keys:
+        assert torch.equal(noise.fold(int(one), keys), noise._fold_torch(one, keys))
+        assert [noise.fold(int(one), int(other)) for other in keys] == noise._fold_torch(one, keys).tolist()
