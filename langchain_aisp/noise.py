@@ -46,7 +46,7 @@ def _mix(x: Tensor) -> Tensor:
 def fold(keys: Tensor | int, data: Tensor | int) -> Tensor:
     """New int64 keys from keys and integers, broadcast against each other."""
     if any(isinstance(each, Tensor) and each.device.type != "cpu" for each in (keys, data)):
-        return _fold_torch(torch.as_tensor(keys), torch.as_tensor(data))
+        return _fold_torch(*(torch.as_tensor(each, dtype=torch.int64) for each in (keys, data)))
     words = _mix_words(_mix_words(_words(keys) + _U_GOLDEN) ^ _mix_words(_words(data) * _U_GOLDEN + _U_MIX_1))
     return torch.tensor(_wrap(words)) if isinstance(words, int) else torch.from_numpy(words.view(np.int64))
 

@@ -212,18 +212,18 @@ def distinct_branches(
     """
     length, width = log_weights.shape[1:]
     written = torch.arange(length) < population.lengths[:, None]
-    place = written.flatten().nonzero().squeeze(1)
+    places = written.flatten().nonzero().squeeze(1)
     before = torch.cat([torch.full((len(population), 1), key), population.nodes[:, : length - 1]], dim=1)
-    distinct, group, first = _groups(before.flatten()[place])
-    weights = log_weights.flatten(0, 1)[place].double().exp()
+    distinct, group, first = _groups(before.flatten()[places])
+    weights = log_weights.flatten(0, 1)[places].double().exp()
     sums = torch.zeros(len(distinct), width, dtype=weights.dtype).index_add_(0, group, weights).log_().flatten()
-    first = place[first, None]
-    tokens = population.alternatives.flatten(0, 1)[first.squeeze(1)]
-    nodes = (distinct[:, None] + token_nodes(tokens, first % length, key)).flatten()
+    places = places[first]
+    tokens = population.alternatives.flatten(0, 1)[places]
+    nodes = (distinct[:, None] + token_nodes(tokens, (places % length)[:, None], key)).flatten()
     alike = _alike(nodes, visited)
     sums[alike[_among(nodes[alike], visited)]] = -torch.inf
     new = sums.isfinite().nonzero().squeeze(1)
-    return (first * width + torch.arange(width)).flatten()[new], nodes[new], sums[new]
+    return (places[:, None] * width + torch.arange(width)).flatten()[new], nodes[new], sums[new]
 
 
 def new_nodes(nodes: Tensor, log_weights: Tensor, visited: Tensor) -> Tensor:
