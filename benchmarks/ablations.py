@@ -378,9 +378,9 @@ def main() -> None:
     torch.set_num_threads(1)
     plan = Plan(args.samples, args.prompts, args.split, args.temperature, args.workers, args.runs)
     sources = sources_of(args)
-    told = {pair: ablate(pair, sources, plan) for pair in possible(args.pairs, sources)}
-    settings = {"samples": plan.samples, "split": plan.split, "temperature": plan.temperature}
-    save("ablations", {**settings, "pairs": told})
+    for pair in possible(args.pairs, sources):
+        settings = {"samples": plan.samples, "split": plan.split, "temperature": plan.temperature}
+        save(f"ablations-{pair}", {**settings, **ablate(pair, sources, plan)})
 
 
 if __name__ == "__main__":
