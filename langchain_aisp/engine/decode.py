@@ -19,7 +19,7 @@ from langchain_aisp.engine.cache import Cache, RaggedCache, RaggedStore
 from langchain_aisp.engine.deviation import within
 from langchain_aisp.engine.grammar import Grammars, Matchers
 from langchain_aisp.engine.memory import ALTERNATIVES
-from langchain_aisp.sampling import draw
+from langchain_aisp.sampling import draw, largest
 from langchain_aisp.types import FinishReason, Observable, Wave
 
 if TYPE_CHECKING:
@@ -572,7 +572,7 @@ class Rows:
         if "base_logprobs" in self.observed:
             self.observed["base_logprobs"][live, position] = logprobs.gather(1, tokens[:, None]).squeeze(1)
         if "alternatives" in self.observed:
-            values, ids = logprobs.topk(self.observed["alternatives"].shape[-1], dim=-1)
+            values, ids = largest(logprobs, self.observed["alternatives"].shape[-1])
             self.observed["alternatives"][live, position] = ids.int()
             self.observed["alternative_logprobs"][live, position] = values
         if "scores" in self.observed:

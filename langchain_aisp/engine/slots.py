@@ -237,11 +237,11 @@ class SlotStore:
         if buffer is not None and buffer.shape[2] >= columns:
             return buffer
         capacity = self._capacity(columns)
-        # Zeros, not garbage: masked columns get weight 0, and 0 times NaN would be NaN.
-        rows = len(new) if buffer is None else len(buffer)
-        grown = new.new_zeros(rows, new.shape[1], capacity, new.shape[3])
+        rows, filled = (len(new), 0) if buffer is None else (len(buffer), self.column)
+        grown = new.new_empty(rows, new.shape[1], capacity, new.shape[3])
         if buffer is not None:
-            grown[:, :, : self.column] = buffer[:, :, : self.column]
+            grown[:, :, :filled] = buffer[:, :, :filled]
+        grown[:, :, filled:] = 0  # not garbage: masked columns get weight 0, and 0 times NaN would be NaN
         return grown
 
     def _with_more(self, buffer: Tensor, rows: int) -> Tensor:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from langchain_aisp import sampling
 from langchain_aisp.noise import fold, normal, uniform
-from langchain_aisp.sampling import draw, inverse_cdf, restrict
+from langchain_aisp.sampling import draw, inverse_cdf, largest, restrict
 
 COUNT = 100_000
 
@@ -68,6 +69,26 @@ def test_blocks_lead_to_the_token_that_one_running_sum_finds(size: int) -> None:
     assert bool((probabilities.gather(1, found[:, None]) > 0).all())
 
 
+@pytest.mark.parametrize(
+    ("size", "count"), [(1, 1), (40, 32), (128, 32), (1000, 32), (4099, 32), (4096, 1), (5003, 256)]
+)
+def test_the_largest_are_those_of_topk(size: int, count: int) -> None:
+    logits = logits_for(10, 29, size)
+    values, places = largest(logits, count)
+    expected = logits.topk(count)
+    assert torch.equal(values, expected.values)
+    assert torch.equal(places, expected.indices)
+
+
+def test_among_equal_scores_the_largest_are_different_tokens() -> None:
+    logits = torch.full((2, 1000), -torch.inf)
+    logits[:, [3, 500, 999]] = torch.tensor([1.0, 3.0, 2.0])
+    values, places = largest(logits, 32)
+    assert places[:, :3].tolist() == [[500, 999, 3]] * 2
+    assert [len(set(row)) for row in places.tolist()] == [32, 32]
+    assert torch.equal(values, logits.gather(1, places))
+
+
 def test_what_is_not_a_number_gives_no_token() -> None:
     probabilities = torch.full((2, 100), torch.nan)
     assert bool((inverse_cdf(probabilities, torch.tensor([0.1, 0.9])) >= 100).all())
@@ -103,8 +124,8 @@ def test_of_many_tokens_the_same_are_kept(spread: float, top_p: float, top_k: in
 )
 def test_all_tokens_are_sorted_only_where_the_likeliest_are_not_enough(top_p, top_k, sorted_, monkeypatch) -> None:
     looked_at: list[int] = []
-    topk, sort = Tensor.topk, Tensor.sort
-    monkeypatch.setattr(Tensor, "topk", lambda self, k: looked_at.append(k) or topk(self, k))
+    sort = Tensor.sort
+    monkeypatch.setattr(sampling, "largest", lambda scores, k: looked_at.append(k) or largest(scores, k))
     monkeypatch.setattr(Tensor, "sort", lambda self, **how: looked_at.append(self.shape[1]) or sort(self, **how))
     restrict(4 * logits_for(7, 4, 5000), torch.full((4,), top_p), torch.full((4,), top_k))
     assert looked_at == sorted_
