@@ -49,7 +49,7 @@ from langchain_aisp.types import Chat, Reward, require
 RUNS = Path(__file__).parent / "runs"  # what the benchmarks keep for themselves: runs, networks, reward models
 DEMO_SEED = 12  # its customers have met no other benchmark
 TENTHS = 10.0
-ROUND = 2  # of dialogues in a new order: what a method has been changed after is not asked again
+ROUND = 3  # of dialogues in a new order: what a method has been changed after is not asked again
 
 Prompts = tuple[PromptRecord, ...]
 

@@ -7,8 +7,8 @@ the highest mean reward that of the likeliest answers, the same rule for all, an
 files of the runs refuse others. All answer the same prompts with the same seed on the same engine, at equal numbers of
 samples; the gold reward judges what is best after each iteration, and nothing is chosen by it. A separate Best-of-N of
 the default's first wave shows whether any answer is worse than that; a separate search with a quarter of the samples,
-since one that is to be long begins broadly, shows how soon Best-of-N is reached. Each file of runs can be read by
-`langchain-aisp report` too.
+since one that is to be long begins broadly, shows how soon Best-of-N is reached. Its temperature is chosen like the
+others', at its own budget. Each file of runs can be read by `langchain-aisp report` too.
 
 A rival that gives one answer (ARGS, RE-Control) stands as it is and as many samples. ARGS as it is asks for about as
 many rewards as all the others; with eight chains for eight times as many. The budget of the others is in samples.
@@ -67,6 +67,7 @@ def grids(pair: Pair, samples: int) -> Grids:
         "greedy": ["greedy"],
         YARDSTICK: [*(f"{plain},{each}" for each in at), *(f"{plain},{each},top_p=0.9" for each in at[-2:])],
         OURS: [f"aisp:{each}" for each in at],
+        QUARTER: [f"aisp:samples={max(1, samples // 4)},{each}" for each in at],
         "aisp at temperature 1": ["aisp"],
         "published": [
             *(f"{published},sigma={sigma},reward_temperature=0.5" for sigma in (0.35, 0.5, 0.7071, 1.0, 1.5, 2.2)),
@@ -92,11 +93,6 @@ def first_wave(spec: str, samples: int) -> str:
     [ours] = parse_arms(spec, samples, Sampling())
     size = math.ceil(samples / ours.method.iterations)
     return f"{YARDSTICK}:samples={size},temperature={ours.sampling.temperature:g}"
-
-
-def quarter(spec: str, samples: int) -> str:
-    """The setting with a quarter of the samples."""
-    return f"{spec}{',' if ':' in spec else ':'}samples={max(1, samples // 4)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,16 +356,21 @@ class Plan:
         """Settings that were chosen, by pair."""
         return json.loads(self.settings.read_text(encoding="utf-8")) if self.settings.exists() else {}
 
-    def freeze(self, pair: str, choice: Mapping[str, Any]) -> None:
-        """Write down what was chosen for a pair, for good.
-
-        Raises:
-            ValueError: Something was chosen before.
-        """
+    def freeze(
+        self, pair: str, chosen: Mapping[str, str], dev_rewards: Mapping[str, float], explained: float | None
+    ) -> None:
+        """Write down what was chosen for rivals of a pair; what is there already stays."""
         known = self.frozen()
-        require(pair not in known, f"the settings of {pair} are frozen; to choose anew, take them out of the file")
-        text = json.dumps({**known, pair: choice}, indent=1) + "\n"
-        self.settings.write_text(text, encoding="utf-8")
+        before = known.get(pair, {"chosen": {}, "dev_rewards": {}})
+        known[pair] = {
+            "samples": self.samples,
+            "dev_prompts": self.dev,
+            "value_network_explains": explained,
+            **before,
+            "chosen": {**chosen, **before["chosen"]},
+            "dev_rewards": {**before["dev_rewards"], **dev_rewards},
+        }
+        self.settings.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
     def makers(self, pair: str, settings: Mapping[str, str]) -> list[Maker]:
         """Makers of arms for a pair, of settings by label."""
@@ -419,18 +420,32 @@ def careful(results: Results, grid: Sequence[str]) -> str:
 
 
 def choose_on_dev(pair: str, sources: Sources, plan: Plan) -> None:
-    """Run the grids on dev prompts and freeze the choice."""
-    explained = fit_network(pair, sources, plan)
-    candidates = grids(PAIRS[pair], plan.samples)
+    """Run the grids of the rivals for which nothing was chosen yet on dev prompts, and freeze the choice.
+
+    Raises:
+        ValueError: Others were chosen with another number of samples.
+    """
+    known = plan.frozen().get(pair, {"samples": plan.samples, "chosen": {}})
+    require(
+        known["samples"] == plan.samples,
+        f"{pair}: settings were chosen at {known['samples']} samples, --samples is {plan.samples}",
+    )
+    candidates = {
+        rival: grid for rival, grid in grids(PAIRS[pair], plan.samples).items() if rival not in known["chosen"]
+    }
+    if not candidates:
+        print(f"{pair}: its settings are frozen; to choose some anew, take them out of {plan.settings.name}")
+        return
+    explained = fit_network(pair, sources, plan) if "recontrol" in candidates else None
     specs = [spec for grid in candidates.values() if len(grid) > 1 for spec in grid]
     asked = Questions(pair, sources, "dev", plan.dev)
     paths = run_arms(asked, plan.makers(pair, dict(zip(specs, specs, strict=True))), plan.folder, plan.workers)
     results = load_results(list(paths.values()))
     rewards = {spec: mean(results.numbers(spec, "reward")) for spec in specs}
     chosen = {rival: careful(results, grid) if len(grid) > 1 else grid[0] for rival, grid in candidates.items()}
-    chosen[FIRST], chosen[QUARTER] = (size(chosen[OURS], plan.samples) for size in (first_wave, quarter))
-    sizes = {"samples": plan.samples, "dev_prompts": plan.dev}
-    plan.freeze(pair, {**sizes, "chosen": chosen, "dev_rewards": rewards, "value_network_explains": explained})
+    if OURS in chosen:
+        chosen[FIRST] = first_wave(chosen[OURS], plan.samples)
+    plan.freeze(pair, chosen, rewards, explained)
     print("\n".join(f"{rival}: {spec}" for rival, spec in chosen.items()))
 
 
@@ -494,10 +509,7 @@ def main() -> None:
     pairs = possible(args.pairs, sources)
     for pair in pairs:
         if not args.test:
-            if pair in plan.frozen():
-                print(f"{pair}: its settings are frozen already")
-            else:
-                choose_on_dev(pair, sources, plan)
+            choose_on_dev(pair, sources, plan)
         if not args.dev:
             told = compare_on_test(pair, sources, plan)
             save(f"quality-{pair}", {"pair": pair, "samples": plan.samples, **told})

@@ -187,8 +187,11 @@ def toy(monkeypatch: pytest.MonkeyPatch):
 SMALL = {
     "best_of_n": ["best_of_n:temperature=0.5", "best_of_n:temperature=1.5"],
     "aisp": ["aisp:iterations=2"],
+    "aisp at a quarter": ["aisp:samples=2"],
     "recontrol": ["recontrol:steps=2,step_size=0.1"],
 }
+
+MISVO = [f"misvo:samples_per_iteration=4,learning_rate={rate}" for rate in (0.1, 0.3)]
 
 
 @pytest.fixture
@@ -249,10 +252,9 @@ def test_the_choice_on_dev_follows_the_rule_and_is_frozen(toy: Pair, plan: quali
     assert rewards == {spec: pytest.approx(quality.mean(dev.numbers(spec, "reward"))) for spec in rewards}
     assert frozen["chosen"]["best_of_n"] == quality.careful(dev, SMALL["best_of_n"])
     assert str(plan.folder) not in plan.settings.read_text()
-    with pytest.raises(ValueError, match="the settings of toy are frozen"):
-        plan.freeze("toy", {})
-    with pytest.raises(ValueError, match="were chosen at 8 samples"):
-        quality.compare_on_test("toy", Sources(), replace(plan, samples=4))
+    for step in (quality.choose_on_dev, quality.compare_on_test):
+        with pytest.raises(ValueError, match="were chosen at 8 samples"):
+            step("toy", Sources(), replace(plan, samples=4))
     first = plan.settings.read_text()
     quality.compare_on_test("toy", Sources(), plan)
     assert plan.settings.read_text() == first
@@ -260,6 +262,22 @@ def test_the_choice_on_dev_follows_the_rule_and_is_frozen(toy: Pair, plan: quali
     plan.settings.write_text(json.dumps(changed))
     with pytest.raises(ValueError, match="was begun with another configuration"):
         quality.compare_on_test("toy", Sources(), plan)
+
+
+def test_only_what_was_not_chosen_is_chosen_later(toy: Pair, plan: quality.Plan, monkeypatch, capsys) -> None:
+    quality.choose_on_dev("toy", Sources(), plan)
+    first = plan.frozen()["toy"]
+    wider = {"aisp": ["aisp:iterations=1", "aisp:iterations=4"], "greedy": ["greedy"], "misvo": MISVO}
+    monkeypatch.setattr(quality, "grids", lambda pair, samples: {**SMALL, **wider})
+    quality.choose_on_dev("toy", Sources(), plan)
+    later = plan.frozen()["toy"]
+    assert later["chosen"].items() > first["chosen"].items()
+    assert (later["chosen"]["greedy"], later["chosen"]["misvo"] in MISVO) == ("greedy", True)
+    assert set(later["dev_rewards"]) == {*SMALL["best_of_n"], *MISVO}  # of the settings of aisp none was run
+    assert later["value_network_explains"] == first["value_network_explains"]
+    quality.choose_on_dev("toy", Sources(), plan)
+    assert plan.frozen()["toy"] == later
+    assert "to choose some anew" in capsys.readouterr().out
 
 
 def test_the_command_chooses_once_and_saves_what_the_test_prompts_show(
@@ -274,7 +292,7 @@ def test_the_command_chooses_once_and_saves_what_the_test_prompts_show(
         quality.main()
     torch.set_num_threads(threads)
     told = capsys.readouterr().out
-    assert "toy: its settings are frozen already" in told
+    assert "toy: its settings are frozen" in told
     saved = json.loads(told.splitlines()[-1])
     assert (saved["pair"], len(saved["prompt_ids"])) == ("toy", 2)
     row = saved["arms"]["best_of_n"]
@@ -312,11 +330,6 @@ def test_the_first_wave_is_as_large_and_as_hot_as_that_of_the_setting() -> None:
     assert quality.first_wave("aisp:temperature=0.3", 512) == "best_of_n:samples=32,temperature=0.3"
 
 
-def test_a_quarter_of_the_samples_leaves_the_rest_of_the_setting() -> None:
-    assert quality.quarter("aisp:temperature=0.3", 512) == "aisp:temperature=0.3,samples=128"
-    assert quality.quarter("aisp", 2) == "aisp:samples=1"
-
-
 def test_every_setting_of_the_grids_names_an_arm_of_equal_samples(tmp_path: Path) -> None:
     network = ValueNetwork(*(torch.zeros(size) for size in ((2, 3), (2,), (2, 2), (2,), (2,), ())))
     network.save(tmp_path / "value.safetensors")
@@ -327,7 +340,8 @@ def test_every_setting_of_the_grids_names_an_arm_of_equal_samples(tmp_path: Path
                 arm = pickle.loads(pickle.dumps(make))()
                 assert arm.label == rival
                 assert arm.sampling.max_tokens == pair.max_tokens
-                assert rival in ("greedy", "args", "args in 8 chains", "recontrol") or _samples(arm.method) == 512
+                samples = 128 if rival == quality.QUARTER else 512
+                assert rival in ("greedy", "args", "args in 8 chains", "recontrol") or _samples(arm.method) == samples
 
 
 def _samples(method: object) -> int:
