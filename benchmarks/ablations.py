@@ -378,8 +378,8 @@ def main() -> None:
     torch.set_num_threads(1)
     plan = Plan(args.samples, args.prompts, args.split, args.temperature, args.workers, args.runs)
     sources = sources_of(args)
+    settings = {"samples": plan.samples, "split": plan.split, "temperature": plan.temperature}
     for pair in possible(args.pairs, sources):
-        settings = {"samples": plan.samples, "split": plan.split, "temperature": plan.temperature}
         save(f"ablations-{pair}", {**settings, **ablate(pair, sources, plan)})
 
 

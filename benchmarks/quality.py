@@ -356,6 +356,20 @@ class Plan:
         """Settings that were chosen, by pair."""
         return json.loads(self.settings.read_text(encoding="utf-8")) if self.settings.exists() else {}
 
+    def chosen(self, pair: str) -> dict[str, str]:
+        """Settings that were chosen for rivals of a pair.
+
+        Raises:
+            ValueError: They were chosen at another number of samples.
+        """
+        known = self.frozen().get(pair, {"samples": self.samples, "chosen": {}})
+        require(
+            known["samples"] == self.samples,
+            f"{pair}: settings were chosen at {known['samples']} samples, --samples is {self.samples}",
+        )
+        chosen: dict[str, str] = known["chosen"]
+        return chosen
+
     def freeze(
         self, pair: str, chosen: Mapping[str, str], dev_rewards: Mapping[str, float], explained: float | None
     ) -> None:
@@ -425,18 +439,13 @@ def choose_on_dev(pair: str, sources: Sources, plan: Plan) -> None:
     Raises:
         ValueError: Others were chosen with another number of samples.
     """
-    known = plan.frozen().get(pair, {"samples": plan.samples, "chosen": {}})
-    require(
-        known["samples"] == plan.samples,
-        f"{pair}: settings were chosen at {known['samples']} samples, --samples is {plan.samples}",
-    )
-    candidates = {
-        rival: grid for rival, grid in grids(PAIRS[pair], plan.samples).items() if rival not in known["chosen"]
-    }
+    known = plan.chosen(pair)
+    candidates = {rival: grid for rival, grid in grids(PAIRS[pair], plan.samples).items() if rival not in known}
     if not candidates:
         print(f"{pair}: its settings are frozen; to choose some anew, take them out of {plan.settings.name}")
         return
-    explained = fit_network(pair, sources, plan) if "recontrol" in candidates else None
+    steered = any(rival.startswith("recontrol") for rival in candidates)
+    explained = fit_network(pair, sources, plan) if steered else None
     specs = [spec for grid in candidates.values() if len(grid) > 1 for spec in grid]
     asked = Questions(pair, sources, "dev", plan.dev)
     paths = run_arms(asked, plan.makers(pair, dict(zip(specs, specs, strict=True))), plan.folder, plan.workers)
@@ -455,15 +464,14 @@ def compare_on_test(pair: str, sources: Sources, plan: Plan) -> dict[str, Any]:
     Raises:
         ValueError: No settings were chosen, or with another number of samples.
     """
-    frozen = plan.frozen()
-    require(pair in frozen, f"no settings were chosen for {pair} yet; run --dev first")
-    settings, samples = frozen[pair]["chosen"], frozen[pair]["samples"]
-    require(samples == plan.samples, f"{pair}: settings were chosen at {samples} samples, --samples is {plan.samples}")
+    settings = plan.chosen(pair)
+    missing = [rival for rival in grids(PAIRS[pair], plan.samples) if rival not in settings]
+    require(not missing, f"{pair}: nothing was chosen yet for {', '.join(missing)}; run --dev first")
     fit_network(pair, sources, plan)
     asked = Questions(pair, sources, "test", plan.test)
     paths = run_arms(asked, plan.makers(pair, settings), plan.folder, plan.workers)
     told = compare(paths, OURS, YARDSTICK, sooner=[QUARTER])
-    show(f"{pair} at {samples} samples", told, OURS)
+    show(f"{pair} at {plan.samples} samples", told, OURS)
     ours, floor = (told["arms"][name]["by_prompt"]["reward"] for name in (OURS, FIRST))
     below = sum(answer < least - 1e-3 for answer, least in zip(ours, floor, strict=True))
     print(f"prompts whose answer is worse than that of a Best-of-N of the first wave's size: {below}")

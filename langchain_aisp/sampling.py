@@ -99,10 +99,11 @@ def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
         values, places = scores.topk(count)
         return values, places
     width = size // height
-    table, rest = scores[:, : height * width].unflatten(1, (height, width)), size - height * width
-    columns = table.amax(dim=1).topk(count, sorted=False).indices
-    down = width * torch.arange(height, device=scores.device)[:, None]
-    beyond = torch.arange(size - rest, size, device=scores.device).expand(len(scores), -1)
+    covered = height * width
+    maxima = scores[:, :covered].unflatten(1, (height, width)).amax(dim=1)
+    columns = maxima.topk(count, sorted=False).indices
+    down = torch.arange(0, covered, width, device=scores.device)[:, None]
+    beyond = torch.arange(covered, size, device=scores.device).expand(len(scores), -1)
     looked_at = torch.cat([(columns[:, None] + down).flatten(1), beyond], dim=1)
     values, found = scores.gather(1, looked_at).topk(count)
     return values, looked_at.gather(1, found)
