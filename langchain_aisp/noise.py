@@ -7,7 +7,7 @@ hash is the finaliser of SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable 
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ _MIX_2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
 
 _WORD = (1 << 64) - 1
 _U_GOLDEN, _U_MIX_1, _U_MIX_2 = (each & _WORD for each in (_GOLDEN, _MIX_1, _MIX_2))
-_Words: TypeAlias = "np.ndarray[Any, np.dtype[np.uint64]]"
 
 UNIFORM_STREAM = 1
 NORMAL_STREAM = 2
