@@ -185,21 +185,34 @@ def demo_judge(sources: Sources, prompts: Prompts) -> Reward:
     return ClassifierReward.from_pretrained(REWARD_MODEL_PATH, name="demo judge")
 
 
-def conflict(sources: Sources, prompts: Prompts) -> Reward:
-    """What the reward model wants, less what rules forbid: it likes long answers that repeat order numbers."""
-    rules = RuleReward(
+def checker(sources: Sources, prompts: Prompts) -> Reward:
+    """The number of good parts, 0 to 6."""
+    return demo_gold(prompts)
+
+
+def rules() -> Reward:
+    """What goes against the reward model, which likes long answers that repeat order numbers."""
+    return RuleReward(
         [
             length_between(5, 25, weight=2.0),
             no_topic("sorry", "apologise", "apologize", "apologies", weight=1.0),
             must_not_match(r"\d", name="no numbers", weight=1.5),
         ]
     )
-    return WeightedSum([(demo_judge(sources, prompts), 0.5), (rules, 1.0)])
 
 
-def checker(sources: Sources, prompts: Prompts) -> Reward:
-    """The number of good parts, 0 to 6."""
-    return demo_gold(prompts)
+def conflict(sources: Sources, prompts: Prompts) -> Reward:
+    """What the reward model wants, less what rules forbid."""
+    return WeightedSum([(demo_judge(sources, prompts), 0.5), (rules(), 1.0)])
+
+
+def exact_conflict(sources: Sources, prompts: Prompts) -> Reward:
+    """The same sum with the exact checker for the reward model.
+
+    The checker alone would call every rule that is obeyed at the cost of a part a mistake. A good part is worth 1.95 to
+    the reward model (the slope over 960 plain answers to train prompts), which counts half.
+    """
+    return WeightedSum([(checker(sources, prompts), 1.0), (rules(), 1.0)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -391,7 +404,7 @@ _DEMO_HEAT, _SGD_HEAT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7), (0.5, 0.7, 0.85, 1.0, 1.
 
 PAIRS = {
     "demo": Pair(demo_engine, demo_prompts, demo_judge, checker, 80, _DEMO_HEAT),
-    "conflict": Pair(demo_engine, demo_prompts, conflict, checker, 80, _DEMO_HEAT),
+    "conflict": Pair(demo_engine, demo_prompts, conflict, exact_conflict, 80, _DEMO_HEAT),
     "similarity": Pair(sgd_engine, sgd_prompts, similarity, overlap, 40, _SGD_HEAT, needs=("model", "data")),
     "preference": Pair(
         sgd_engine,
