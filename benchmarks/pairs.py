@@ -2,7 +2,7 @@
 
 `demo`: the package's own pair. The reward model was trained on comparisons of six parts; gold counts the parts exactly.
 `conflict`: the same model under a sum of the reward model, which wants all six parts, and of rules that want the answer
-short, without apology and without numbers. Gold counts the parts.
+short, without apology and without numbers. Gold is the same sum with the exact count of the parts, which is told, too.
 `similarity`: a small model of customer service (Schema-Guided Dialogue) and the closeness to the reply that a person
 gave there. No pretrained embeddings are needed: they are latent semantics (TF-IDF, truncated singular value
 decomposition) of replies of the train split, which know words and no order. Gold is ROUGE-L, which knows order and
@@ -105,6 +105,7 @@ class Pair:
         max_tokens: Longest answer.
         temperatures: Sampling temperatures among which every method finds its best, rising.
         needs: Fields of ``Sources``.
+        beside: Another judge of the final answers, of which only is told.
     """
 
     engine: Callable[[Sources], TransformersEngine]
@@ -114,6 +115,7 @@ class Pair:
     max_tokens: int
     temperatures: tuple[float, ...]
     needs: tuple[str, ...] = ()
+    beside: Callable[[Sources, Prompts], Reward] | None = None
 
 
 @dataclass(frozen=True)
@@ -404,7 +406,7 @@ _DEMO_HEAT, _SGD_HEAT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7), (0.5, 0.7, 0.85, 1.0, 1.
 
 PAIRS = {
     "demo": Pair(demo_engine, demo_prompts, demo_judge, checker, 80, _DEMO_HEAT),
-    "conflict": Pair(demo_engine, demo_prompts, conflict, exact_conflict, 80, _DEMO_HEAT),
+    "conflict": Pair(demo_engine, demo_prompts, conflict, exact_conflict, 80, _DEMO_HEAT, beside=checker),
     "similarity": Pair(sgd_engine, sgd_prompts, similarity, overlap, 40, _SGD_HEAT, needs=("model", "data")),
     "preference": Pair(
         sgd_engine,

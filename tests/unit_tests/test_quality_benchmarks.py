@@ -176,6 +176,7 @@ def toy(monkeypatch: pytest.MonkeyPatch):
             gold=lambda sources, prompts: gold,
             max_tokens=6,
             temperatures=(0.5, 0.7, 1.0, 1.2, 1.5),
+            beside=lambda sources, prompts: gold,
         )
         monkeypatch.setitem(PAIRS, "toy", pair)
         monkeypatch.setattr(quality, "WAVE", 4)
@@ -299,6 +300,8 @@ def test_the_command_chooses_once_and_saves_what_the_test_prompts_show(
     for measure in ("reward", "gold"):
         assert sum(row["by_prompt"][measure]) / 2 == pytest.approx(row[measure]["mean"], abs=1e-4)
     assert set(row["aisp_ahead"]) == {"reward", "gold"}
+    assert saved["beside"]["best_of_n"]["mean"] == pytest.approx(row["gold"]["mean"])  # another judge that is the same
+    assert saved["beside"]["best_of_n"]["ahead"] == pytest.approx(row["aisp_ahead"]["gold"])
     pictures = dict(plots.quality(saved))
     assert set(pictures) == {"quality_toy_best", "quality_toy_gold"}
     assert all(text.count("<polyline") == 1 for text in pictures.values())  # of AISP; the others have one iteration
