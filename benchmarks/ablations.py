@@ -9,8 +9,8 @@ stand beside each other.
 
 A second question needs the same runs: would tuning have paid? The arms that are options of `AISP` are settings that a
 user might have tried, and the best of them is known afterwards. What the default is better than a plain sample, as a
-share of what that one is, is told of each pair. On dev prompts the arms may still change the method; once it is frozen,
-`--split test` asks both questions of prompts that nothing was chosen on.
+share of what that one is, is told of each pair; `--options` asks this question alone. On dev prompts the arms may still
+change the method; once it is frozen, `--split test` asks both questions of prompts that nothing was chosen on.
 
 Runs are kept one by one, as in `benchmarks.quality`.
 """
@@ -309,6 +309,11 @@ def arms(samples: int, sampling: Sampling) -> list[Arm]:
     return [Arm(label, method, sampling, samples) for label, method in methods.items()]
 
 
+def is_option(arm: Arm) -> bool:
+    """Whether a user might have tried it: the default with other options, and no other method."""
+    return type(arm.method) is AISP
+
+
 def arm_at(number: int, samples: int, sampling: Sampling) -> Arm:
     """One of the arms, for the process that runs it."""
     return arms(samples, sampling)[number]
@@ -323,6 +328,7 @@ class Plan:
         prompts: Prompts of each pair.
         split: Of which split.
         temperature: Of the requests; 1 is how a user gets it.
+        options: Whether only options of ``AISP`` are tried.
         workers: Processes.
         folder: Where single runs are kept.
     """
@@ -331,22 +337,24 @@ class Plan:
     prompts: int = 30
     split: str = "dev"
     temperature: float = 1.0
+    options: bool = False
     workers: int = 2
     folder: Path = RUNS / "ablations"
 
 
 def ablate(pair: str, sources: Sources, plan: Plan) -> dict[str, Any]:
-    """Run all arms on dev prompts of a pair and compare."""
+    """Run the arms on prompts of a pair and compare."""
     sampling = Sampling(max_tokens=PAIRS[pair].max_tokens, temperature=plan.temperature)
-    numbers = range(len(arms(plan.samples, sampling)))
+    everything = arms(plan.samples, sampling)
+    numbers = [number for number, arm in enumerate(everything) if is_option(arm) or not plan.options]
     makers = [partial(arm_at, number, plan.samples, sampling) for number in numbers]
     asked = Questions(pair, sources, plan.split, plan.prompts)
     paths = run_arms(asked, makers, plan.folder, plan.workers)
     told = compare(paths, DEFAULT)
     show(f"{pair} at {plan.samples} samples", told, DEFAULT)
     plain = mean([trace[0]["mean"] for trace in traces(paths[USED], told["prompt_ids"])])
-    options = [each.label for each in arms(plan.samples, sampling) if type(each.method) is AISP]
-    found = closeness({name: told["arms"][name]["reward"]["mean"] for name in options}, plain)
+    rewards = {arm.label: told["arms"][arm.label]["reward"]["mean"] for arm in everything if is_option(arm)}
+    found = closeness(rewards, plain)
     print(f"{pair}: the default earns {found['share']:.3f} of what {found['best']} earns beyond a plain sample")
     return {**told, "tuning": found}
 
@@ -372,15 +380,16 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=Plan.prompts, help="prompts of each pair")
     parser.add_argument("--split", choices=("dev", "test"), default=Plan.split)
     parser.add_argument("--temperature", type=float, default=Plan.temperature)
+    parser.add_argument("--options", action="store_true", help="only what a user might have tried: options of AISP")
     parser.add_argument("--workers", type=int, default=Plan.workers, help="processes of one thread each")
     parser.add_argument("--runs", type=Path, default=Plan.folder, help="where single runs are kept")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    plan = Plan(args.samples, args.prompts, args.split, args.temperature, args.workers, args.runs)
+    plan = Plan(args.samples, args.prompts, args.split, args.temperature, args.options, args.workers, args.runs)
     sources = sources_of(args)
-    settings = {"samples": plan.samples, "split": plan.split, "temperature": plan.temperature}
+    told = {"samples": plan.samples, "split": plan.split, "temperature": plan.temperature, "options": plan.options}
     for pair in possible(args.pairs, sources):
-        save(f"ablations-{pair}", {**settings, **ablate(pair, sources, plan)})
+        save(f"ablations-{pair}", {**told, **ablate(pair, sources, plan)})
 
 
 if __name__ == "__main__":
