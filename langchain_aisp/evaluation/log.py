@@ -105,6 +105,8 @@ def read_log(path: str | Path) -> tuple[Line, Iterator[Line]]:
             is no JSON, or a run that is there twice.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there are no runs at {path}; langchain-aisp eval --out {path.name} makes such a file")
     lines = _whole_lines(path)
     try:
         header = json.loads(next(lines, b""))

@@ -75,7 +75,7 @@ def test_report_asks_a_judge_that_a_function_makes(runs, tmp_path, monkeypatch):
         (("eval", "--recipe", "magic"), "llama3-8b-ultrarm"),
         (("eval", "--prompts", "nowhere.jsonl"), "demo:SPLIT"),
         (("eval", "--seeds", "a"), "--seeds"),
-        (("report",), "nothing.jsonl"),
+        (("report",), "langchain-aisp eval --out nothing.jsonl makes such a file"),
     ],
 )
 def test_a_wrong_option_is_named(tmp_path, arguments, complaint):
