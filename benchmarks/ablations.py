@@ -387,9 +387,9 @@ def main() -> None:
     torch.set_num_threads(1)
     plan = Plan(args.samples, args.prompts, args.split, args.temperature, args.options, args.workers, args.runs)
     sources = sources_of(args)
-    told = {"samples": plan.samples, "split": plan.split, "temperature": plan.temperature, "options": plan.options}
+    settings = {"samples": plan.samples, "split": plan.split, "temperature": plan.temperature, "options": plan.options}
     for pair in possible(args.pairs, sources):
-        save(f"ablations-{pair}", {**told, **ablate(pair, sources, plan)})
+        save(f"ablations-{pair}", {**settings, **ablate(pair, sources, plan)})
 
 
 if __name__ == "__main__":

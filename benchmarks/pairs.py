@@ -105,7 +105,7 @@ class Pair:
         max_tokens: Longest answer.
         temperatures: Sampling temperatures among which every method finds its best, rising.
         needs: Fields of ``Sources``.
-        beside: Another judge of the final answers, of which only is told.
+        beside: Another judge of the final answers, whose verdict is told and decides nothing.
     """
 
     engine: Callable[[Sources], TransformersEngine]

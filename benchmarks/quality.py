@@ -239,10 +239,15 @@ Trace = Sequence[Mapping[str, float]]
 """The numbers of one run after each of its iterations."""
 
 
+def runs_of(path: Path) -> dict[str, Mapping[str, Any]]:
+    """An arm's runs, by prompt."""
+    return {line["prompt"]: line for line in read_log(path)[1] if line["kind"] == "run"}
+
+
 def traces(path: Path, prompts: Sequence[str]) -> list[Trace]:
     """How an arm's runs on some prompts went."""
-    lines = {line["prompt"]: line["trace"] for line in read_log(path)[1] if line["kind"] == "run"}
-    return [lines[prompt] for prompt in prompts]
+    runs = runs_of(path)
+    return [runs[prompt]["trace"] for prompt in prompts]
 
 
 def curve(runs: Sequence[Trace]) -> list[dict[str, float]]:
@@ -302,8 +307,8 @@ def judged(judge: Reward, paths: Mapping[str, Path], reference: str) -> dict[str
     """What one more judge says of each arm's answers, and how far the reference is ahead, paired by prompt."""
     scores: dict[str, list[float]] = {}
     for name, path in paths.items():
-        runs = {line["prompt"]: line for line in read_log(path)[1] if line["kind"] == "run"}
-        answers = [(tuple(runs[prompt]["messages"]), Response(runs[prompt]["text"])) for prompt in sorted(runs)]
+        runs = [run for _, run in sorted(runs_of(path).items())]
+        answers = [(tuple(run["messages"]), Response(run["text"])) for run in runs]
         scores[name] = judge.submit(answers).future.result().tolist()
     return {
         name: {

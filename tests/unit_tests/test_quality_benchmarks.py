@@ -525,7 +525,8 @@ def test_every_arm_of_the_ablations_spends_the_same_samples_and_is_told_beside_t
     settings = [next(iter(read_log(path)[0]["methods"].values())) for path in tmp_path.glob("*.jsonl")]
     assert len(settings) == len(set(settings)) == len(labels)  # no arm is another one under a second name
     options = ablations.ablate("toy", Sources(), replace(plan, options=True))
-    assert (options["tuning"], set(labels) - set(options["arms"]) > {"published: argmax"}) == (told["tuning"], True)
+    assert options["tuning"] == told["tuning"]
+    assert set(labels) - set(options["arms"]) > {"published: argmax"}
     assert {label.split(":")[0] for label in options["arms"]} >= {"default", "population", "waves", "decode"}
 
 
