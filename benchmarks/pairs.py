@@ -1,8 +1,9 @@
 """Four pairs of a language model and a reward, of different characters, each with a gold reward that no search sees.
 
 `demo`: the package's own pair. The reward model was trained on comparisons of six parts; gold counts the parts exactly.
-`conflict`: the same model under a sum of the reward model, which wants all six parts, and of rules that want the answer
-short, without apology and without numbers. Gold is the same sum with the exact count of the parts, which is told, too.
+`conflict`: the same model under a sum of the reward model and of rules against its own leanings: what it likes best is
+longer than six parts need to be, speaks of itself, repeats sentences and ends alike. All rules can be kept with all
+parts, and a part is worth four of them, so gold is the exact checker again.
 `similarity`: a small model of customer service (Schema-Guided Dialogue) and the closeness to the reply that a person
 gave there. No pretrained embeddings are needed: they are latent semantics (TF-IDF, truncated singular value
 decomposition) of replies of the train split, which know words and no order. Gold is ROUGE-L, which knows order and
@@ -20,7 +21,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from random import Random
 
@@ -37,18 +38,21 @@ from langchain_aisp.noise import fold, normal
 from langchain_aisp.rewards import (
     ClassifierReward,
     EmbeddingReward,
+    Rule,
     RuleReward,
     WeightedSum,
     as_reward,
     length_between,
     must_not_match,
+    must_satisfy,
     no_topic,
 )
 from langchain_aisp.types import Chat, Reward, require
 
 RUNS = Path(__file__).parent / "runs"  # what the benchmarks keep for themselves: runs, networks, reward models
-DEMO_SEED = 12  # its customers have met no other benchmark
+DEMO_SEED, CONFLICT_SEED = 12, 13  # customers that have met no other benchmark
 TENTHS = 10.0
+A_RULE = 0.25
 ROUND = 3  # of dialogues in a new order: what a method has been changed after is not asked again
 
 Prompts = tuple[PromptRecord, ...]
@@ -105,7 +109,6 @@ class Pair:
         max_tokens: Longest answer.
         temperatures: Sampling temperatures among which every method finds its best, rising.
         needs: Fields of ``Sources``.
-        beside: Another judge of the final answers, whose verdict is told and decides nothing.
     """
 
     engine: Callable[[Sources], TransformersEngine]
@@ -115,7 +118,6 @@ class Pair:
     max_tokens: int
     temperatures: tuple[float, ...]
     needs: tuple[str, ...] = ()
-    beside: Callable[[Sources, Prompts], Reward] | None = None
 
 
 @dataclass(frozen=True)
@@ -177,9 +179,9 @@ def demo_engine(sources: Sources) -> TransformersEngine:
     return TransformersEngine.shared("demo")
 
 
-def demo_prompts(sources: Sources, split: str, count: int) -> Prompts:
-    """Customers of the demo."""
-    return tuple(demo_customers(split, count, seed=DEMO_SEED))
+def demo_prompts(sources: Sources, split: str, count: int, *, seed: int = DEMO_SEED) -> Prompts:
+    """Customers of the demo; other seeds give others."""
+    return tuple(demo_customers(split, count, seed=seed))
 
 
 def demo_judge(sources: Sources, prompts: Prompts) -> Reward:
@@ -193,28 +195,35 @@ def checker(sources: Sources, prompts: Prompts) -> Reward:
 
 
 def rules() -> Reward:
-    """What goes against the reward model, which likes long answers that repeat order numbers."""
+    """What goes against the reward model's leanings, each rule at about a quarter of what a good part is worth.
+
+    So nothing is gained by leaving a part out for a rule: the checker has no reason to disagree with the sum.
+    """
     return RuleReward(
         [
-            length_between(5, 25, weight=2.0),
-            no_topic("sorry", "apologise", "apologize", "apologies", weight=1.0),
-            must_not_match(r"\d", name="no numbers", weight=1.5),
+            *(length_between(0, most, weight=A_RULE, name=f"{most} words") for most in (48, 44)),
+            *(of_itself(most) for most in (2, 1, 0)),
+            no_topic("if you need", "whenever you need", weight=A_RULE),
+            must_satisfy(repeats_nothing, name="nothing twice", weight=A_RULE),
         ]
     )
 
 
+def of_itself(most: int) -> Rule:
+    """An answer may say I, me or my so many times."""
+    more = rf"(?:\b(?:I|me|my)\b[\s\S]*?){{{most + 1}}}"
+    return must_not_match(more, name=f"of itself {most} times at most", weight=A_RULE)
+
+
+def repeats_nothing(text: str) -> bool:
+    """Whether no sentence stands twice."""
+    sentences = [sentence.strip().lower() for sentence in re.split(r"[.!?]", text) if sentence.strip()]
+    return len(sentences) == len(set(sentences))
+
+
 def conflict(sources: Sources, prompts: Prompts) -> Reward:
-    """What the reward model wants, less what rules forbid."""
+    """What the reward model wants, less what rules forbid; a good part is worth about 1."""
     return WeightedSum([(demo_judge(sources, prompts), 0.5), (rules(), 1.0)])
-
-
-def exact_conflict(sources: Sources, prompts: Prompts) -> Reward:
-    """The same sum with the exact checker for the reward model.
-
-    The checker alone would call every rule that is obeyed at the cost of a part a mistake. A good part is worth 1.95 to
-    the reward model (the slope over 960 plain answers to train prompts), which counts half.
-    """
-    return WeightedSum([(checker(sources, prompts), 1.0), (rules(), 1.0)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,7 +415,7 @@ _DEMO_HEAT, _SGD_HEAT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7), (0.5, 0.7, 0.85, 1.0, 1.
 
 PAIRS = {
     "demo": Pair(demo_engine, demo_prompts, demo_judge, checker, 80, _DEMO_HEAT),
-    "conflict": Pair(demo_engine, demo_prompts, conflict, exact_conflict, 80, _DEMO_HEAT, beside=checker),
+    "conflict": Pair(demo_engine, partial(demo_prompts, seed=CONFLICT_SEED), conflict, checker, 80, _DEMO_HEAT),
     "similarity": Pair(sgd_engine, sgd_prompts, similarity, overlap, 40, _SGD_HEAT, needs=("model", "data")),
     "preference": Pair(
         sgd_engine,

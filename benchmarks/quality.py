@@ -43,7 +43,7 @@ from langchain_aisp.evaluation.results import Results, load_results
 from langchain_aisp.evaluation.run import Run, answer, environment
 from langchain_aisp.fitting import fit_value
 from langchain_aisp.methods import BestOfN
-from langchain_aisp.types import Response, Reward, Sampling, require
+from langchain_aisp.types import Sampling, require
 
 SEED = 0
 WAVE = 32
@@ -303,22 +303,6 @@ def compare(
     return told
 
 
-def judged(judge: Reward, paths: Mapping[str, Path], reference: str) -> dict[str, dict[str, Any]]:
-    """What one more judge says of each arm's answers, and how far the reference is ahead, paired by prompt."""
-    scores: dict[str, list[float]] = {}
-    for name, path in paths.items():
-        runs = [run for _, run in sorted(runs_of(path).items())]
-        answers = [(tuple(run["messages"]), Response(run["text"])) for run in runs]
-        scores[name] = judge.submit(answers).future.result().tolist()
-    return {
-        name: {
-            "mean": mean(found),
-            "ahead": mean_with_interval([a - b for a, b in zip(scores[reference], found, strict=True)]),
-        }
-        for name, found in scores.items()
-    }
-
-
 def show(title: str, told: Mapping[str, Any], reference: str) -> None:
     """A comparison as a table for people."""
     print(f"\n{title}, {told['prompts']} prompts; how far {reference} is ahead, with 95 % intervals")
@@ -496,11 +480,6 @@ def compare_on_test(pair: str, sources: Sources, plan: Plan) -> dict[str, Any]:
     ours, floor = (told["arms"][name]["by_prompt"]["reward"] for name in (OURS, FIRST))
     below = sum(answer < least - 1e-3 for answer, least in zip(ours, floor, strict=True))
     print(f"prompts whose answer is worse than that of a Best-of-N of the first wave's size: {below}")
-    beside = PAIRS[pair].beside
-    if beside is not None:
-        told["beside"] = judged(beside(sources, asked.open().prompts), paths, OURS)
-        for name, found in told["beside"].items():
-            print(f"{beside.__name__}: {name} {found['mean']:.3f}, {OURS} ahead by {_interval(found['ahead'])}")
     return {"settings": settings, **told, "prompts_below_the_first_wave": below}
 
 

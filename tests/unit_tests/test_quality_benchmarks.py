@@ -101,14 +101,27 @@ def test_similarity_knows_words_and_its_gold_their_order(sources: Sources) -> No
     assert golds[1] < 5
 
 
-def test_rules_and_reward_model_of_the_conflict_want_opposite_things(sources: Sources) -> None:
+def test_rules_of_the_conflict_go_against_the_reward_model_and_not_against_its_gold(sources: Sources) -> None:
     opened = pairs.open_pair("conflict", sources, "dev", 3)
+    chat = opened.prompts[2].messages
+    assert chat[-1]["content"] == "This is Eltano speaking. I want to change my subscription."
+    kept = (
+        "Many thanks for writing. Right Eltano, this is about your subscription. Orders can be cancelled within 48 "
+        "hours. We will pause the subscription today. Your password stays secret. Have a good day!"
+    )
+    broken = (
+        "I am very glad you wrote. I see your file in front of me, Eltano. I am very glad you wrote. Let me pause the "
+        "subscription today. Our orders can be cancelled within 48 hours. I will not ask for your password. I am here "
+        "if you need more help."
+    )
+    asked = [(chat, Response(text)) for text in (kept, broken)]
     both = opened.reward
-    for prompt in opened.prompts:
-        pair = [(prompt.messages, Response(text)) for text in (prompt.reference, "I will look into it for you.")]
-        model, rules = (part.submit(pair).future.result() for part in both.rewards)
-        assert model[0] > model[1]
-        assert rules[0] < rules[1]
+    model, rules = (part.submit(asked).future.result() for part in both.rewards)
+    assert model[0] < model[1]
+    assert rules.tolist() == [0.0, -7 * pairs.A_RULE]
+    assert opened.gold.submit(asked).future.result().tolist() == [6.0, 6.0]
+    total = both.submit(asked).future.result()
+    assert total[0] > total[1]
 
 
 def test_prompts_end_before_a_reply_and_fewer_are_the_first_of_more(sources: Sources) -> None:
@@ -176,7 +189,6 @@ def toy(monkeypatch: pytest.MonkeyPatch):
             gold=lambda sources, prompts: gold,
             max_tokens=6,
             temperatures=(0.5, 0.7, 1.0, 1.2, 1.5),
-            beside=lambda sources, prompts: gold,
         )
         monkeypatch.setitem(PAIRS, "toy", pair)
         monkeypatch.setattr(quality, "WAVE", 4)
@@ -300,8 +312,6 @@ def test_the_command_chooses_once_and_saves_what_the_test_prompts_show(
     for measure in ("reward", "gold"):
         assert sum(row["by_prompt"][measure]) / 2 == pytest.approx(row[measure]["mean"], abs=1e-4)
     assert set(row["aisp_ahead"]) == {"reward", "gold"}
-    assert saved["beside"]["best_of_n"]["mean"] == pytest.approx(row["gold"]["mean"])  # another judge that is the same
-    assert saved["beside"]["best_of_n"]["ahead"] == pytest.approx(row["aisp_ahead"]["gold"])
     pictures = dict(plots.quality(saved))
     assert set(pictures) == {"quality_toy_best", "quality_toy_gold"}
     assert all(text.count("<polyline") == 1 for text in pictures.values())  # of AISP; the others have one iteration
