@@ -2,8 +2,8 @@
 
 `demo`: the package's own pair. The reward model was trained on comparisons of six parts; gold counts the parts exactly.
 `conflict`: the same model under a sum of the reward model and of rules against its own leanings: what it likes best is
-longer than six parts need to be, speaks of itself, repeats sentences and ends alike. All rules can be kept with all
-parts, and a part is worth four of them, so gold is the exact checker again.
+long, repeats sentences and ends alike. A few answers in a hundred are short enough, and six parts can be as short, so
+gold is the exact checker again.
 `similarity`: a small model of customer service (Schema-Guided Dialogue) and the closeness to the reply that a person
 gave there. No pretrained embeddings are needed: they are latent semantics (TF-IDF, truncated singular value
 decomposition) of replies of the train split, which know words and no order. Gold is ROUGE-L, which knows order and
@@ -38,12 +38,10 @@ from langchain_aisp.noise import fold, normal
 from langchain_aisp.rewards import (
     ClassifierReward,
     EmbeddingReward,
-    Rule,
     RuleReward,
     WeightedSum,
     as_reward,
     length_between,
-    must_not_match,
     must_satisfy,
     no_topic,
 )
@@ -52,7 +50,6 @@ from langchain_aisp.types import Chat, Reward, require
 RUNS = Path(__file__).parent / "runs"  # what the benchmarks keep for themselves: runs, networks, reward models
 DEMO_SEED, CONFLICT_SEED = 12, 13  # customers that have met no other benchmark
 TENTHS = 10.0
-A_RULE = 0.25
 ROUND = 3  # of dialogues in a new order: what a method has been changed after is not asked again
 
 Prompts = tuple[PromptRecord, ...]
@@ -195,24 +192,17 @@ def checker(sources: Sources, prompts: Prompts) -> Reward:
 
 
 def rules() -> Reward:
-    """What goes against the reward model's leanings, each rule at about a quarter of what a good part is worth.
+    """What goes against the reward model's leanings: to be short, which no part outweighs, and not to end or go on alike.
 
-    So nothing is gained by leaving a part out for a rule: the checker has no reason to disagree with the sum.
+    Its favourites have some 50 words, end by "if you need", and say things twice.
     """
     return RuleReward(
         [
-            *(length_between(0, most, weight=A_RULE, name=f"{most} words") for most in (48, 44)),
-            *(of_itself(most) for most in (2, 1, 0)),
-            no_topic("if you need", "whenever you need", weight=A_RULE),
-            must_satisfy(repeats_nothing, name="nothing twice", weight=A_RULE),
+            length_between(0, 36, weight=6.0),
+            no_topic("if you need", "whenever you need", weight=1.0),
+            must_satisfy(repeats_nothing, name="nothing twice", weight=1.0),
         ]
     )
-
-
-def of_itself(most: int) -> Rule:
-    """An answer may say I, me or my so many times."""
-    more = rf"(?:\b(?:I|me|my)\b[\s\S]*?){{{most + 1}}}"
-    return must_not_match(more, name=f"of itself {most} times at most", weight=A_RULE)
 
 
 def repeats_nothing(text: str) -> bool:
