@@ -192,7 +192,7 @@ def checker(sources: Sources, prompts: Prompts) -> Reward:
 
 
 def rules() -> Reward:
-    """What goes against the reward model's leanings: to be short, which no part outweighs, and not to end or go on alike.
+    """What goes against the reward model's leanings; to be short is worth more than all parts.
 
     Its favourites have some 50 words, end by "if you need", and say things twice.
     """
