@@ -192,13 +192,13 @@ def checker(sources: Sources, prompts: Prompts) -> Reward:
 
 
 def rules() -> Reward:
-    """What goes against the reward model's leanings; to be short is worth more than all parts.
+    """What goes against the reward model's leanings: some words fewer are worth more than the parts that they hold.
 
     Its favourites have some 50 words, end by "if you need", and say things twice.
     """
     return RuleReward(
         [
-            length_between(0, 36, weight=6.0),
+            *(length_between(0, most, weight=4.0, name=f"{most} words at most") for most in (42, 38, 34)),
             no_topic("if you need", "whenever you need", weight=1.0),
             must_satisfy(repeats_nothing, name="nothing twice", weight=1.0),
         ]

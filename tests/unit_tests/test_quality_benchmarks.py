@@ -118,7 +118,7 @@ def test_rules_of_the_conflict_go_against_the_reward_model_and_not_against_its_g
     both = opened.reward
     model, rules = (part.submit(asked).future.result() for part in both.rewards)
     assert model[0] < model[1]
-    assert rules.tolist() == [0.0, -8.0]
+    assert rules.tolist() == [0.0, -14.0]
     assert opened.gold.submit(asked).future.result().tolist() == [6.0, 6.0]
     total = both.submit(asked).future.result()
     assert total[0] > total[1]
