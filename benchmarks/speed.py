@@ -45,7 +45,7 @@ from langchain_aisp.sampling import inverse_cdf
 from langchain_aisp.types import Chat, Method, Problem, Prompt, Sampling
 
 LONG_PROMPT = 4  # times the prompt
-BATCHES = (32, 64, 128, 256)  # rows at once among which Best-of-N may choose
+BATCHES = (32, 64, 128, 256, 512)  # rows at once among which Best-of-N may choose
 
 Work = Callable[[Prompt], object]
 
@@ -165,16 +165,16 @@ class Searches:
         return min(seconds, key=lambda batch: seconds[batch]), seconds
 
 
-def aisp_to_best_of_n(name: str, engine: TransformersEngine, args: argparse.Namespace) -> dict[str, Any]:
+def aisp_to_best_of_n(name: str, engine: TransformersEngine, samples: int, args: argparse.Namespace) -> dict[str, Any]:
     """The default search against Best-of-N at its fastest, equal numbers of samples, on the demo's conversations."""
-    searches = Searches(engine, args.samples, args.tokens)
+    searches = Searches(engine, samples, args.tokens)
     items = [(number, one.messages) for number, one in enumerate(scenarios("test", args.pairs + 4, seed=2))]
     searches.run(searches.best_of_n(min(BATCHES)), items[-1])  # warm-up
     batch, tried = searches.fastest_batch(items[-3:])
     searches.found.clear()
-    method = AISP(samples=args.samples)
+    method = AISP(samples=samples)
     result = compare_pairs(
-        f"{name}: AISP / Best-of-N, {batch} rows at once, {args.samples} samples each",
+        f"{name}: AISP / Best-of-N, {batch} rows at once, {samples} samples each",
         lambda item: searches.run(method, item),
         lambda item: searches.run(searches.best_of_n(batch), item),
         items[: args.pairs],
@@ -228,7 +228,7 @@ def measure(path: str, args: argparse.Namespace) -> dict[str, Any]:
     published = PublishedAISP(samples_per_iteration=args.rows, iterations=1)
     with TransformersEngine.from_pretrained(path, device="cpu") as engine:
         if args.searches:
-            return {"aisp_to_best_of_n": aisp_to_best_of_n(name, engine, args)}
+            return {"aisp_to_best_of_n": {n: aisp_to_best_of_n(name, engine, n, args) for n in args.samples}}
 
         def ours(prompt: Prompt) -> None:
             rollout(engine, plain, prompt, args.tokens)
@@ -255,7 +255,7 @@ def measure(path: str, args: argparse.Namespace) -> dict[str, Any]:
             "rollouts_to_packed_bound": compare(
                 f"{name}: our rollouts / our bare products", engine, ours, packed_bound, args
             ),
-            "aisp_to_best_of_n": aisp_to_best_of_n(name, engine, args),
+            "aisp_to_best_of_n": {n: aisp_to_best_of_n(name, engine, n, args) for n in args.samples},
         }
         vllm = open_vllm(path, args.rows, args.tokens)
         if vllm is None:
@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=64, help="tokens; four times as many in the long one")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens per row")
-    parser.add_argument("--samples", type=int, default=256, help="responses of a whole search")
+    parser.add_argument("--samples", type=int, nargs="+", default=[256], help="responses of a whole search")
     parser.add_argument("--pairs", type=int, default=11)
     parser.add_argument("--searches", action="store_true", help="only whole searches: AISP against Best-of-N")
     parser.add_argument("--threads", type=int, default=1)

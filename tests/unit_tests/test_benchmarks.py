@@ -98,17 +98,20 @@ def test_the_free_reward_tells_texts_apart_and_nothing_else() -> None:
 
 
 def test_speed_compares_every_rival(run: Run) -> None:
-    sizes = ("--rows", "4", "--prompt", "8", "--tokens", "4", "--samples", "8", "--pairs", "2")
+    sizes = ("--rows", "4", "--prompt", "8", "--tokens", "4", "--samples", "8", "12", "--pairs", "2")
     [found] = run(speed, "demo", *sizes)["models"].values()
     rivals = {"rollouts_to_generate", "rollouts_to_generate_prompt_32", "published_to_best_of_n"}
     rivals |= {"rollouts_to_bound", "rollouts_to_packed_bound"}
-    for name in rivals | {"aisp_to_best_of_n"}:
-        assert found[name]["ratio"]["median"] > 0
-        assert len(found[name]["seconds"]) == 2
-    search = found["aisp_to_best_of_n"]
-    assert {name: costs["samples"]["mean"] for name, costs in search["costs"].items()} == {"aisp": 8, "best_of_n": 8}
-    assert search["costs"]["aisp"]["sampled_tokens"]["mean"] <= 8 * 4
-    assert 0 < search["method_share"]["median"] < 1
+    searches = {int(samples): search for samples, search in found["aisp_to_best_of_n"].items()}
+    assert set(searches) == {8, 12}
+    for compared in (*(found[name] for name in rivals), *searches.values()):
+        assert compared["ratio"]["median"] > 0
+        assert len(compared["seconds"]) == 2
+    for samples, search in searches.items():
+        spent = {name: costs["samples"]["mean"] for name, costs in search["costs"].items()}
+        assert spent == {"aisp": samples, "best_of_n": samples}
+        assert search["costs"]["aisp"]["sampled_tokens"]["mean"] <= samples * 4
+        assert 0 < search["method_share"]["median"] < 1
     assert found["rollouts_to_vllm"] == "not installed"
 
 
