@@ -3,7 +3,7 @@
 `demo`: the package's own pair. The reward model was trained on comparisons of six parts; gold counts the parts exactly.
 `conflict`: the same model under a sum of the reward model and of rules against its own leanings: what it likes best is
 long, repeats sentences and ends alike. A few answers in a hundred are short enough, and six parts can be as short, so
-gold is the exact checker again.
+gold is the exact checker here, too.
 `similarity`: a small model of customer service (Schema-Guided Dialogue) and the closeness to the reply that a person
 gave there. No pretrained embeddings are needed: they are latent semantics (TF-IDF, truncated singular value
 decomposition) of replies of the train split, which know words and no order. Gold is ROUGE-L, which knows order and

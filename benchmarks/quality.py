@@ -239,15 +239,10 @@ Trace = Sequence[Mapping[str, float]]
 """The numbers of one run after each of its iterations."""
 
 
-def runs_of(path: Path) -> dict[str, Mapping[str, Any]]:
-    """An arm's runs, by prompt."""
-    return {line["prompt"]: line for line in read_log(path)[1] if line["kind"] == "run"}
-
-
 def traces(path: Path, prompts: Sequence[str]) -> list[Trace]:
     """How an arm's runs on some prompts went."""
-    runs = runs_of(path)
-    return [runs[prompt]["trace"] for prompt in prompts]
+    found: dict[str, Trace] = {line["prompt"]: line["trace"] for line in read_log(path)[1] if line["kind"] == "run"}
+    return [found[prompt] for prompt in prompts]
 
 
 def curve(runs: Sequence[Trace]) -> list[dict[str, float]]:

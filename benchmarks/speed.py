@@ -190,6 +190,11 @@ def aisp_to_best_of_n(name: str, engine: TransformersEngine, samples: int, args:
     }
 
 
+def searches_to_best_of_n(name: str, engine: TransformersEngine, args: argparse.Namespace) -> dict[int, dict[str, Any]]:
+    """The same by each number of samples."""
+    return {samples: aisp_to_best_of_n(name, engine, samples, args) for samples in args.samples}
+
+
 def costs(found: Sequence[Aligned]) -> dict[str, Any]:
     """What searches spent, per request."""
     names = ("samples", "sampled_tokens", "seconds", "reward_seconds")
@@ -228,7 +233,7 @@ def measure(path: str, args: argparse.Namespace) -> dict[str, Any]:
     published = PublishedAISP(samples_per_iteration=args.rows, iterations=1)
     with TransformersEngine.from_pretrained(path, device="cpu") as engine:
         if args.searches:
-            return {"aisp_to_best_of_n": {n: aisp_to_best_of_n(name, engine, n, args) for n in args.samples}}
+            return {"aisp_to_best_of_n": searches_to_best_of_n(name, engine, args)}
 
         def ours(prompt: Prompt) -> None:
             rollout(engine, plain, prompt, args.tokens)
@@ -255,7 +260,7 @@ def measure(path: str, args: argparse.Namespace) -> dict[str, Any]:
             "rollouts_to_packed_bound": compare(
                 f"{name}: our rollouts / our bare products", engine, ours, packed_bound, args
             ),
-            "aisp_to_best_of_n": {n: aisp_to_best_of_n(name, engine, n, args) for n in args.samples},
+            "aisp_to_best_of_n": searches_to_best_of_n(name, engine, args),
         }
         vllm = open_vllm(path, args.rows, args.tokens)
         if vllm is None:
