@@ -142,7 +142,7 @@ class Searches:
     def run(self, method: Method[Any], item: tuple[int, Chat]) -> None:
         """Answer a numbered conversation."""
         seed, chat = item
-        timeline = Timeline()
+        timeline = Timeline(shown=False)
         timeline.start()
         timed = TimedMethod(method, timeline)
         aligned = align(self.engine, self.reward, timed, chat, sampling=self.sampling, seed=seed)

@@ -218,7 +218,7 @@ class _Answer:
         """The search for the next block."""
         sampling, done = self.settings["sampling"], len(self.tokens)
         length = min(self.every + self.ahead, sampling.max_tokens - done)
-        key = self.prompt.key if self.blocks == 0 else int(fold(self.prompt.key, self.blocks))
+        key = self.prompt.key if self.blocks == 0 else fold(self.prompt.key, self.blocks)
         wanted = replace(sampling, max_tokens=length, min_tokens=min(length, max(0, sampling.min_tokens - done)))
         budget = replace(self.settings.get("budget", Budget()), seconds=self.seconds_left)
         return _Plan(

@@ -7,7 +7,7 @@ hash is the finaliser of SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -42,12 +42,27 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def fold(keys: Tensor | int, data: Tensor | int) -> Tensor:
-    """New int64 keys from keys and integers, broadcast against each other."""
+@overload
+def fold(keys: int, data: int) -> int: ...
+
+
+@overload
+def fold(keys: Tensor, data: Tensor | int) -> Tensor: ...
+
+
+@overload
+def fold(keys: int, data: Tensor) -> Tensor: ...
+
+
+def fold(keys: Tensor | int, data: Tensor | int) -> Tensor | int:
+    """New int64 keys from keys and integers, broadcast against each other; from two numbers a number."""
     if any(isinstance(each, Tensor) and each.device.type != "cpu" for each in (keys, data)):
         return _fold_torch(*(torch.as_tensor(each, dtype=torch.int64) for each in (keys, data)))
     words = _mix_words(_mix_words(_words(keys) + _U_GOLDEN) ^ _mix_words(_words(data) * _U_GOLDEN + _U_MIX_1))
-    return torch.tensor(_wrap(words)) if isinstance(words, int) else torch.from_numpy(words.view(np.int64))
+    if isinstance(words, int):
+        single = isinstance(keys, int) and isinstance(data, int)
+        return _wrap(words) if single else torch.tensor(_wrap(words))
+    return torch.from_numpy(words.view(np.int64))
 
 
 def _fold_torch(keys: Tensor, data: Tensor) -> Tensor:
@@ -99,7 +114,7 @@ def request_key(seed: int, ids: tuple[int, ...]) -> int:
     """The noise identity of a request: a hash of its seed and its tokens."""
     positions = torch.arange(len(ids))
     digest = fold(torch.tensor(ids, dtype=torch.int64), positions).sum()  # wraps around; order enters by position
-    return int(fold(fold(digest, len(ids)), _wrap(seed)))
+    return fold(fold(int(digest), len(ids)), _wrap(seed))
 
 
 def wave_keys(prompt_key: int, iteration: int, rows: Tensor, length: int) -> Tensor:

@@ -149,6 +149,7 @@ class AISPState:
 
     Attributes:
         problem: What to answer.
+        cooled: How tokens are drawn after a branch.
         ends: How many responses there are at the end of each iteration.
         waves: Waves so far; an iteration has several of them when rows take the places of others.
         drawn: Responses decoded so far.
@@ -168,6 +169,7 @@ class AISPState:
     """
 
     problem: Problem
+    cooled: Sampling
     ends: tuple[int, ...]
     waves: int
     drawn: int
@@ -246,9 +248,16 @@ class AISPState:
         credited = self.cuts is not None or self.branches is not None or self.led is not None
         if self.crossable == 0 or credited or self.population is None:
             return None
-        branches = branch_log_weights(self.population.shortened(), self.weights, self.problem.sampling)
-        key = self.problem.prompt.key
+        key, branches = self.problem.prompt.key, self.branch_log_weights
         return crossings(self.population, branches, self.weights, self.visited, key, self.waves, self.crossable)
+
+    @cached_property
+    def branch_log_weights(self) -> Tensor:
+        """Log-weights [M, L', K] of all branches of the parents, up to the L' positions of the longest one."""
+        assert self.population is not None, "without parents there are no branches"
+        members = self.population.shortened()
+        cuts = None if self.cuts is None else self.cuts[:, : members.tokens.shape[1]]
+        return branch_log_weights(members, self.weights, self.problem.sampling, cuts)
 
     @cached_property
     def sources(self) -> Population:
@@ -282,13 +291,12 @@ class AISPState:
 def draw_branches(state: AISPState, count: int) -> Branches:
     """At most so many branches of the state's parents that no response has gone through."""
     assert state.population is not None, "without parents there are no branches"
-    population, key = state.population.shortened(), state.problem.prompt.key
-    cuts = None if state.cuts is None else state.cuts[:, : population.tokens.shape[1]]
-    weights = branch_log_weights(population, state.weights, state.problem.sampling, cuts)
-    place, node, weight = distinct_branches(population, weights, state.visited, key)
+    key = state.problem.prompt.key
+    place, node, weight = distinct_branches(state.population, state.branch_log_weights, state.visited, key)
     chosen = drawn_without_replacement(weight, fold(fold(key, state.waves), node), count)
-    parent, position, rank = torch.unravel_index(place[chosen], weights.shape)
-    return Branches(parent, position, population.alternatives[parent, position, rank].long(), node[chosen])
+    place, (length, width) = place[chosen], state.population.alternatives.shape[1:]
+    tokens = state.population.alternatives.flatten()[place].long()
+    return Branches(place // (length * width), place // width % length, tokens, node[chosen])
 
 
 @dataclass(frozen=True)
@@ -373,6 +381,7 @@ class AISP:
         nothing = torch.empty(0, dtype=torch.int64)
         return AISPState(
             problem,
+            replace(problem.sampling, temperature=problem.sampling.temperature * self.cooling),
             self._ends(problem),
             waves=0,
             drawn=0,
@@ -409,7 +418,7 @@ class AISP:
             prefix[:found] = torch.where(before, state.sources.tokens[branches.parents], 0)
             prefix[torch.arange(found), branches.positions] = branches.tokens
             cut[:found] = branches.positions + 1
-        sampling = problem.sampling if state.population is None else self._cooled(problem.sampling)
+        sampling = problem.sampling if state.population is None else state.cooled
         wave = Wave(
             problem.prompt,
             prefix,
@@ -432,16 +441,14 @@ class AISP:
         else:  # a budget may have left no room for some
             rows = crossed if len(crossed) == len(wave) else crossed.where(ended)
 
-        def judged(chosen: Tensor) -> Population:
-            """Some of the rows that have ended, with what is known of them now."""
-            return replace(rows.take(ended[chosen]), rewards=rewards[chosen], complete=complete[chosen])
-
         least = None if state.population is None else state.population.least(self.population)
         nodes, lengths = rows.nodes[ended], rows.lengths[ended]
-        best = best_distinct(nodes, lengths, rewards, complete, self.population, least)
-        population = judged(torch.tensor(best, dtype=torch.int64))
+        best = torch.tensor(best_distinct(nodes, lengths, rewards, complete, self.population, least), dtype=torch.int64)
+        going = best[:0] if rollouts.unfinished is None else rollouts.unfinished.nonzero().squeeze(1)
+        taken = rows.take(torch.cat([ended[best], going]))
+        population = taken.take(slice(len(best))).judged(rewards[best], complete[best])
         if state.population is not None:
-            population = state.population.join(population).best(self.population) if best else state.population
+            population = state.population.join(population).best(self.population) if len(best) else state.population
         if state.problem.allowed is not None:
             population = population.within(state.problem.allowed)
         positions = torch.arange(rows.tokens.shape[1])
@@ -451,12 +458,15 @@ class AISP:
         weights = self._weights(population, drawn)
         if self.control_kl > 0:
             decoded = written & (positions >= wave.cut[:, None])
-            evidence = evidence.add(judged(torch.arange(len(ended))), decoded[ended])
+            evidence = evidence.add(rows.take(ended).judged(rewards, complete), decoded[ended])
+        flight = state.flight
+        if crossed is None:
+            flight = _flight(wave, rollouts, going, taken.take(slice(len(best), None)))
         after = replace(
             state,
             waves=state.waves + 1,
             drawn=drawn,
-            flight=_flight(rows) if isinstance(rows, Decoded) else state.flight,
+            flight=flight,
             goes_on=not any(state.drawn < end <= drawn for end in state.ends),
             population=population,
             weights=weights,
@@ -506,9 +516,6 @@ class AISP:
         for remaining in range(self.iterations - 1, 0, -1):
             ends.append(ends[-1] + math.ceil((self.samples - ends[-1]) / remaining))
         return tuple(ends)
-
-    def _cooled(self, sampling: Sampling) -> Sampling:
-        return replace(sampling, temperature=sampling.temperature * self.cooling)
 
     def _weights(self, population: Population, drawn: int) -> Tensor:
         """Importance weights [M] of the parents after so many responses: the search narrows as it goes on."""
@@ -620,12 +627,11 @@ def _beside(flight: Flight, wave: Wave) -> Wave:
     )
 
 
-def _flight(rows: Decoded) -> Flight | None:
-    """The rows of a wave that have not ended."""
-    wave, rollouts = rows.wave, rows.rollouts
-    if rollouts.unfinished is None:
+def _flight(wave: Wave, rollouts: Rollouts, going: Tensor, rows: Population) -> Flight | None:
+    """The rows of a wave that have not ended, ``going`` [C], of which so much is known."""
+    if not len(going):
         return None
-    alike = torch.full((len(wave),), wave.sampling.temperature)
-    temperatures = alike if wave.temperatures is None else wave.temperatures
-    left = rollouts.unfinished.nonzero().squeeze(1)
-    return Flight(rows.take(left), temperatures[left], rollouts.held)
+    temperatures = wave.temperatures
+    if temperatures is None:
+        temperatures = torch.full((len(wave),), wave.sampling.temperature)
+    return Flight(rows, temperatures[going], rollouts.held)

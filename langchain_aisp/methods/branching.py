@@ -54,16 +54,23 @@ class Population:
 
     def __len__(self) -> int:
         """Number of members M."""
-        return len(self.rewards)
+        return int(self.rewards.shape[0])  # a fifth of the time that len() of a tensor takes
 
     def weights(self, effective: float) -> Tensor:
         """Importance weights [M] with this effective sample size, at least 1, where that can be had."""
         rewards = complete_first(self.rewards, self.complete)
         return importance_weights(rewards, temperature_for_ess(rewards, effective))
 
-    def take(self, rows: Tensor) -> Population:
-        """The members with these indices [r]."""
-        return Population(*(getattr(self, name).index_select(0, rows) for name in self.__dataclass_fields__))
+    def take(self, rows: Tensor | slice) -> Population:
+        """The members with these indices [r]; of a slice, as views."""
+        fields = (getattr(self, name) for name in self.__dataclass_fields__)
+        if isinstance(rows, slice):
+            return Population(*(field[rows] for field in fields))
+        return Population(*(field.index_select(0, rows) for field in fields))
+
+    def judged(self, rewards: Tensor, complete: Tensor) -> Population:
+        """The same members with their rewards [M] and whether they are complete [M]."""
+        return replace(self, rewards=rewards, complete=complete)
 
     def join(self, other: Population) -> Population:
         """The members of both."""
@@ -146,7 +153,7 @@ def branch_log_weights(
     """
     logprobs = (population.logprobs / (sampling.temperature or 1.0)).log_softmax(dim=-1)
     positions = torch.arange(logprobs.shape[1])
-    possible = population.alternatives != population.tokens[..., None]
+    possible = population.alternatives != population.tokens.int()[..., None]
     possible &= (positions < population.lengths[:, None])[..., None]
     if sampling.top_p < 1 or sampling.top_k > 0:
         possible &= _allowed(logprobs, sampling)
@@ -203,23 +210,23 @@ def distinct_branches(
 
     Args:
         population: M possible parents.
-        log_weights: [M, L, K] of their branches.
+        log_weights: [M, L', K] of their branches; L' may be shorter than L.
         visited: [S] int64, nodes that a response has gone through, sorted; those of the parents are among them.
         key: Of the prompt.
 
     Returns:
-        Of B branches the places [B] in ``log_weights`` laid flat, nodes [B] int64 and log-weights [B] float64.
+        Of B branches the places [B] in [M, L, K] laid flat, nodes [B] int64 and log-weights [B] float64.
     """
-    length, width = log_weights.shape[1:]
-    written = torch.arange(length) < population.lengths[:, None]
-    places = written.flatten().nonzero().squeeze(1)
+    length, width = population.alternatives.shape[1:]
+    member, position = (torch.arange(length) < population.lengths[:, None]).nonzero(as_tuple=True)
+    places = member * length + position
     before = torch.cat([torch.full((len(population), 1), key), population.nodes[:, : length - 1]], dim=1)
-    distinct, group, first = _groups(before.flatten()[places])
-    weights = log_weights.flatten(0, 1)[places].double().exp()
+    distinct, group, first = _groups(before.flatten().index_select(0, places))
+    weights = log_weights[member, position].double().exp_()
     sums = torch.zeros(len(distinct), width, dtype=weights.dtype).index_add_(0, group, weights).log_().flatten()
-    places = places[first]
-    tokens = population.alternatives.flatten(0, 1)[places]
-    nodes = (distinct[:, None] + token_nodes(tokens, (places % length)[:, None], key)).flatten()
+    places, position = places[first], position[first]
+    tokens = population.alternatives.flatten(0, 1).index_select(0, places)
+    nodes = (distinct[:, None] + token_nodes(tokens, position[:, None], key)).flatten()
     alike = _alike(nodes, visited)
     sums[alike[_among(nodes[alike], visited)]] = -torch.inf
     new = sums.isfinite().nonzero().squeeze(1)

@@ -136,9 +136,10 @@ def crossings(
     """
     places = _meetings(population)
     first, begun, second, at = places
-    same = population.alternatives.numpy()[first, begun] == population.tokens.numpy()[second, at, None]
-    weight = np.where(same, branches.numpy()[first, begun], -np.inf).max(axis=1, initial=-np.inf)
-    likely = np.isfinite(weight)
+    same = population.alternatives.numpy()[first, begun] == population.tokens.int().numpy()[second, at, None]
+    rank = same.argmax(axis=1)  # of the token among the likely ones, 0 if it is none of them
+    weight = branches.numpy()[first, begun, rank]
+    likely = same[np.arange(len(rank)), rank] & np.isfinite(weight)
     if count < 1 or not likely.any():
         return None
     rows = torch.from_numpy(places[:, likely])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
+import math
+from bisect import bisect_left
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from langchain_aisp.types import require
 
 _DECADES = 9.0
 """How far, in powers of ten, a reward temperature may lie from the spread of the rewards."""
-_STEPS = np.arange(65) / 64
+_STEPS = 4096
 
 
 def importance_weights(rewards: Tensor, reward_temperature: float, cost: Tensor | float = 0.0) -> Tensor:
@@ -30,8 +32,9 @@ def importance_weights(rewards: Tensor, reward_temperature: float, cost: Tensor 
 
 
 def effective_sample_size(weights: Tensor) -> float:
-    """How many equally weighted rows the weights [N] are worth, ``1 / Σ w²``: between 1 and N."""
-    return float(1.0 / weights.double().square().sum())
+    """How many equally weighted rows the weights [N] are worth, ``1 / Σ w²``: between 1 and N; 0 of none."""
+    squares = sum(weight * weight for weight in weights.tolist())
+    return 1.0 / squares if squares > 0 else 0.0
 
 
 def temperature_for_ess(rewards: Tensor, target: float) -> float:
@@ -49,21 +52,22 @@ def temperature_for_ess(rewards: Tensor, target: float) -> float:
         λ > 0, for ``importance_weights``.
     """
     require(target >= 1, f"the target effective sample size must be at least 1, got {target}")
-    given = rewards.numpy().astype(np.float64)  # a small array, and numpy's calls cost a tenth of torch's
-    finite = given[np.isfinite(given)]
-    behind = finite - finite.max()
-    spread = float(-behind.min())
+    given = [reward for reward in rewards.tolist() if reward > -math.inf]
+    best = max(given)
+    behind = [reward - best for reward in given]
+    spread = -min(behind)
     if spread == 0:
         return 1.0
-    low, width = -_DECADES, 2 * _DECADES
-    for _ in range(2):  # rounds of 64 steps, from 18 decades down to the 228th part of one
-        ends = low + width * _STEPS
-        weights = np.exp(behind / (spread * 10.0 ** ends[:, None]))
-        ess = weights.sum(axis=1) ** 2 / np.square(weights).sum(axis=1)
-        after = max(1, int(np.argmax(ess >= target)) if ess[-1] >= target else len(ends) - 1)
-        low, width = ends[after - 1], width / (len(ends) - 1)
-    rise = ess[after] - ess[after - 1]  # nearly straight between two steps so near
-    share = (target - ess[after - 1]) / rise if rise > 0 else 0.0
+
+    def ess(power: float) -> float:
+        weights = [math.exp(reward / (spread * 10.0**power)) for reward in behind]
+        return sum(weights) ** 2 / sum(weight * weight for weight in weights)
+
+    width = 2 * _DECADES / _STEPS
+    after = 1 + bisect_left(range(1, _STEPS), target, key=lambda step: ess(width * step - _DECADES))
+    low = width * (after - 1) - _DECADES
+    below, above = ess(low), ess(low + width)
+    share = (target - below) / (above - below) if above > below else 0.0  # nearly straight between two steps so near
     return float(spread * 10.0 ** (low + width * min(max(share, 0.0), 1.0)))
 
 
