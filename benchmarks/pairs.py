@@ -402,10 +402,11 @@ def replies(dialogues: Sequence[Sequence[dict[str, str]]]) -> Iterator[str]:
 # The table
 
 _DEMO_HEAT, _SGD_HEAT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7), (0.5, 0.7, 0.85, 1.0, 1.2)
+_RULES_HEAT = (0.3, 0.4, 0.5, 0.7, 0.85, 1.0)  # what rules ask for is not what the model would say of itself
 
 PAIRS = {
     "demo": Pair(demo_engine, demo_prompts, demo_judge, checker, 80, _DEMO_HEAT),
-    "conflict": Pair(demo_engine, partial(demo_prompts, seed=CONFLICT_SEED), conflict, checker, 80, _DEMO_HEAT),
+    "conflict": Pair(demo_engine, partial(demo_prompts, seed=CONFLICT_SEED), conflict, checker, 80, _RULES_HEAT),
     "similarity": Pair(sgd_engine, sgd_prompts, similarity, overlap, 40, _SGD_HEAT, needs=("model", "data")),
     "preference": Pair(
         sgd_engine,
