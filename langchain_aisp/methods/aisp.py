@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from langchain_aisp.methods.branching import (
     best_distinct,
     branch_log_weights,
     distinct_branches,
+    merged,
     parents_of,
     path_nodes,
 )
@@ -474,7 +474,7 @@ class AISP:
             branches=None,
             guided=None,
             nats=self._nats(rewards) if state.population is None else state.nats,
-            visited=torch.from_numpy(np.sort(torch.cat([state.visited, rows.nodes[entered]]).numpy())),
+            visited=merged(state.visited, rows.nodes[entered]),
             evidence=evidence,
         )
         count, crossable = self.wave_size(after), 0 if crossed is not None else self._crossable(after, len(ended))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -60,8 +61,10 @@ def temperature_for_ess(rewards: Tensor, target: float) -> float:
         return 1.0
 
     def ess(power: float) -> float:
-        weights = [math.exp(reward / (spread * 10.0**power)) for reward in behind]
-        return sum(weights) ** 2 / sum(weight * weight for weight in weights)
+        temperature = spread * 10.0**power
+        weights = [math.exp(reward / temperature) for reward in behind]
+        squares: float = sum(map(mul, weights, weights))
+        return sum(weights) ** 2 / squares
 
     width = 2 * _DECADES / _STEPS
     after = 1 + bisect_left(range(1, _STEPS), target, key=lambda step: ess(width * step - _DECADES))
