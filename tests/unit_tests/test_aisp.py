@@ -15,12 +15,14 @@ from langchain_aisp.methods.branching import (
     Population,
     branch_log_weights,
     distinct_branches,
+    merged,
     moved,
     new_nodes,
     path_nodes,
 )
 from langchain_aisp.methods.published import PublishedAISP
 from langchain_aisp.methods.weights import effective_sample_size
+from langchain_aisp.noise import fold, uniform
 from langchain_aisp.types import Sampling, Wave
 from tests.toy import ToyEngine, counts, outcome, play, problem, spells
 
@@ -94,6 +96,15 @@ def test_branches_outside_top_k_or_top_p_are_not_drawn():
     assert float(narrow[0, 0, 2]) == -torch.inf
     nucleus = branch_log_weights(TWO, EVEN, Sampling(8, top_p=0.6))
     assert nucleus[1, 0].isfinite().tolist() == [True, False, False]
+
+
+def test_nodes_visited_stay_sorted_whatever_joins_them():
+    few, many = (uniform(fold(seed, torch.arange(count))).mul(2**40).long() for seed, count in ((1, 7), (2, 300)))
+    visited = few[:0]
+    for nodes in (few, few[:0], many, many[:5]):
+        expected = torch.cat([visited, nodes]).sort().values
+        visited = merged(visited, nodes)
+        assert torch.equal(visited, expected)
 
 
 def test_equal_branches_of_several_parents_are_one_and_those_visited_none():
