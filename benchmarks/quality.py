@@ -178,6 +178,8 @@ def hands(workers: int) -> Iterator[Callable[[Callable[[Task], Any], Sequence[Ta
         context = multiprocessing.get_context("spawn")
         with context.Pool(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield pool.imap_unordered
+            pool.close()  # so that the processes end by themselves and clean up
+            pool.join()
 
 
 def run(task: Task) -> dict[str, Any]:
