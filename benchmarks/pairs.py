@@ -402,7 +402,7 @@ def replies(dialogues: Sequence[Sequence[dict[str, str]]]) -> Iterator[str]:
 # The table
 
 _DEMO_HEAT, _SGD_HEAT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7), (0.5, 0.7, 0.85, 1.0, 1.2)
-_RULES_HEAT = (0.3, 0.4, 0.5, 0.7, 0.85, 1.0)  # what rules ask for is not what the model would say of itself
+_RULES_HEAT = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5)  # what rules ask for is not what the model would say of itself
 
 PAIRS = {
     "demo": Pair(demo_engine, demo_prompts, demo_judge, checker, 80, _DEMO_HEAT),
