@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, Unpack
@@ -134,7 +134,7 @@ class Timeline:
         """
         self.calls: Counter[str] = Counter()
         self._device = device
-        self._scope: Callable[[str], AbstractContextManager[object]] = record_function if shown else nullcontext
+        self.shown = shown
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._open: list[_Span] = []
         self._lock = threading.Lock()
@@ -150,15 +150,9 @@ class Timeline:
             self._count()
             return dict(self._seconds)
 
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def part(self, name: str) -> AbstractContextManager[None]:
         """The time in this scope is the part's, but for parts within it; a trace shows the scope."""
-        span = self.begin(name)
-        try:
-            with self._scope(f"aisp: {name}"):
-                yield
-        finally:
-            self.end(span)
+        return _Part(self, name)
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function as a part."""
@@ -190,6 +184,24 @@ class Timeline:
         now = time.perf_counter()
         self._seconds[self._open[-1].name if self._open else OTHER] += now - self._since
         self._since = now
+
+
+class _Part:
+    """A part as a scope: a class, since to enter a generator takes longer than some parts do."""
+
+    def __init__(self, timeline: Timeline, name: str) -> None:
+        self._timeline, self._name = timeline, name
+        self._label = record_function(f"aisp: {name}") if timeline.shown else None
+
+    def __enter__(self) -> None:
+        self._span = self._timeline.begin(self._name)
+        if self._label is not None:
+            self._label.__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        if self._label is not None:
+            self._label.__exit__(*raised)
+        self._timeline.end(self._span)
 
 
 @dataclass(frozen=True, eq=False)
