@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=64, help="tokens; four times as many in the long one")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens per row")
-    parser.add_argument("--samples", type=int, nargs="+", default=[256], help="responses of a whole search")
+    parser.add_argument("--samples", type=int, nargs="+", default=[512, 256], help="responses of a whole search")
     parser.add_argument("--pairs", type=int, default=11)
     parser.add_argument("--searches", action="store_true", help="only whole searches: AISP against Best-of-N")
     parser.add_argument("--threads", type=int, default=1)
