@@ -28,7 +28,7 @@ SAMPLING = Sampling(max_tokens=8)
 
 
 def network(width: int = 8, hidden: int = 6, seed: int = 0) -> ValueNetwork:
-    keys = [fold(seed, number) for number in range(6)]
+    keys = fold(seed, torch.arange(6))
     return ValueNetwork(
         normal(fold(keys[0], torch.arange(hidden)), width),
         normal(keys[1], hidden),
