@@ -366,8 +366,7 @@ def search(
         state, info = method.update(state, wave, rollouts, rewards)
         nats = spending.charge(wave, rollouts)
         candidates += _candidates((len(trace), sum(map(len, scored))), rollouts, rewards, nats, begun)
-        unfinished = () if rollouts.unfinished is None else rollouts.unfinished.nonzero().flatten()
-        begun = [begun[row] for row in unfinished] + waiting
+        begun = [begun[row] for row in rollouts.going.tolist()] + waiting
         scored.append(rewards)
         if isinstance(state, Flowing) and state.goes_on and not budget.spent(len(candidates), clock() - start):
             continue

@@ -286,6 +286,11 @@ class Rollouts:
         return torch.arange(len(self.tokens)) if self.unfinished is None else (~self.unfinished).nonzero().squeeze(1)
 
     @property
+    def going(self) -> Tensor:
+        """[C] int64, the rows that have not, in their order."""
+        return torch.arange(0) if self.unfinished is None else self.unfinished.nonzero().squeeze(1)
+
+    @property
     def complete(self) -> Tensor:
         """[E] bool, False where a response was cut off."""
         return torch.tensor([response.complete for response in self.responses], dtype=torch.bool)

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -551,11 +550,10 @@ class Rows:
         left = self.wave.kl_left
         return None if left is None or self.steering is None else left[self.index].to(self.rows.device)
 
-    @torch.inference_mode(mode=False)  # so that they can be handed out as they are
     def _room_for_observations(self, width: int) -> dict[str, Tensor]:
         rows, length = self.tokens.shape
         kept = min(ALTERNATIVES, len(self.vocabulary.ends))
-        room = partial(torch.zeros, device=self.tokens.device)
+        room = self.tokens.new_zeros
         wide: tuple[Observable, ...] = ("scores", "prelogits")
         observed: dict[str, Tensor] = {
             name: room((rows, length, width), dtype=torch.float32) for name in wide if name in self.wave.observe

@@ -443,7 +443,7 @@ def attend_rows(
     shared = 0 if prompt is None else prompt[0].shape[1]
     out = weights[..., shared:] @ values
     if prompt is not None:
-        out += _times_shared(weights[..., :shared], prompt[1])
+        out = out + _times_shared(weights[..., :shared], prompt[1])
     if asked == 1:  # which leaves the numbers where they are
         return out.reshape(rows, 1, query_heads, -1)
     return out.reshape(rows, query_heads, asked, -1).transpose(1, 2)
@@ -457,15 +457,12 @@ def _times_shared(rows: Tensor, shared: Tensor) -> Tensor:
 
 
 def _weights(scores: Tensor, mask: Tensor | None, sinks: Tensor | None, asked: int) -> Tensor:
-    """Softmax of the scores [n, heads, group * q, keys] in float32; sinks take their share and are dropped.
-
-    The mask is added in place.
-    """
+    """Softmax of the scores [n, heads, group * q, keys] in float32; sinks take their share and are dropped."""
     if mask is None and sinks is None:
         return scores.softmax(dim=-1, dtype=torch.float32)
     grouped = scores.view(*scores.shape[:2], -1, asked, scores.shape[-1])  # [n, heads, group, q, keys]
     if mask is not None:
-        grouped += mask.to(scores.device, scores.dtype)
+        grouped = grouped + mask.to(scores.device, scores.dtype)
     if sinks is None:
         weights = grouped.softmax(dim=-1, dtype=torch.float32)
     else:

@@ -636,8 +636,7 @@ def _own_template(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
 
 def _gather(parts: Sequence[Tensor], order: Tensor) -> Tensor:
     """Rows of all parts in the wave's order, on the CPU, as ordinary tensors."""
-    found = torch.cat([part.cpu() for part in parts])[order] if len(parts) > 1 else parts[0].cpu()
-    return found.clone() if found.is_inference() else found
+    return torch.cat([part.cpu() for part in parts])[order].clone() if len(parts) > 1 else parts[0].cpu().clone()
 
 
 def _trim(text: str, stops: tuple[str, ...]) -> str:

@@ -149,7 +149,6 @@ class AISPState:
 
     Attributes:
         problem: What to answer.
-        cooled: How tokens are drawn after a branch.
         ends: How many responses there are at the end of each iteration.
         waves: Waves so far; an iteration has several of them when rows take the places of others.
         drawn: Responses decoded so far.
@@ -169,7 +168,6 @@ class AISPState:
     """
 
     problem: Problem
-    cooled: Sampling
     ends: tuple[int, ...]
     waves: int
     drawn: int
@@ -381,7 +379,6 @@ class AISP:
         nothing = torch.empty(0, dtype=torch.int64)
         return AISPState(
             problem,
-            replace(problem.sampling, temperature=problem.sampling.temperature * self.cooling),
             self._ends(problem),
             waves=0,
             drawn=0,
@@ -418,7 +415,7 @@ class AISP:
             prefix[:found] = torch.where(before, state.sources.tokens[branches.parents], 0)
             prefix[torch.arange(found), branches.positions] = branches.tokens
             cut[:found] = branches.positions + 1
-        sampling = problem.sampling if state.population is None else state.cooled
+        sampling = problem.sampling if state.population is None else self._cooled(problem.sampling)
         wave = Wave(
             problem.prompt,
             prefix,
@@ -444,8 +441,7 @@ class AISP:
         least = None if state.population is None else state.population.least(self.population)
         nodes, lengths = rows.nodes[ended], rows.lengths[ended]
         best = torch.tensor(best_distinct(nodes, lengths, rewards, complete, self.population, least), dtype=torch.int64)
-        going = best[:0] if rollouts.unfinished is None else rollouts.unfinished.nonzero().squeeze(1)
-        taken = rows.take(torch.cat([ended[best], going]))
+        taken = rows.take(torch.cat([ended[best], rollouts.going]))
         population = taken.take(slice(len(best))).judged(rewards[best], complete[best])
         if state.population is not None:
             population = state.population.join(population).best(self.population) if len(best) else state.population
@@ -461,7 +457,7 @@ class AISP:
             evidence = evidence.add(rows.take(ended).judged(rewards, complete), decoded[ended])
         flight = state.flight
         if crossed is None:
-            flight = _flight(wave, rollouts, going, taken.take(slice(len(best), None)))
+            flight = _flight(wave, rollouts, taken.take(slice(len(best), None)))
         after = replace(
             state,
             waves=state.waves + 1,
@@ -516,6 +512,9 @@ class AISP:
         for remaining in range(self.iterations - 1, 0, -1):
             ends.append(ends[-1] + math.ceil((self.samples - ends[-1]) / remaining))
         return tuple(ends)
+
+    def _cooled(self, sampling: Sampling) -> Sampling:
+        return replace(sampling, temperature=sampling.temperature * self.cooling)
 
     def _weights(self, population: Population, drawn: int) -> Tensor:
         """Importance weights [M] of the parents after so many responses: the search narrows as it goes on."""
@@ -627,11 +626,11 @@ def _beside(flight: Flight, wave: Wave) -> Wave:
     )
 
 
-def _flight(wave: Wave, rollouts: Rollouts, going: Tensor, rows: Population) -> Flight | None:
-    """The rows of a wave that have not ended, ``going`` [C], of which so much is known."""
-    if not len(going):
+def _flight(wave: Wave, rollouts: Rollouts, rows: Population) -> Flight | None:
+    """The rows of a wave that have not ended, with what is known of them."""
+    if len(rows) == 0:
         return None
     temperatures = wave.temperatures
     if temperatures is None:
         temperatures = torch.full((len(wave),), wave.sampling.temperature)
-    return Flight(rows, temperatures[going], rollouts.held)
+    return Flight(rows, temperatures[rollouts.going], rollouts.held)

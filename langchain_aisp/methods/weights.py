@@ -15,6 +15,7 @@ from langchain_aisp.types import require
 _DECADES = 9.0
 """How far, in powers of ten, a reward temperature may lie from the spread of the rewards."""
 _STEPS = 4096
+"""How many steps that range has; between two of them the effective sample size is nearly straight."""
 
 
 def importance_weights(rewards: Tensor, reward_temperature: float, cost: Tensor | float = 0.0) -> Tensor:
@@ -53,7 +54,7 @@ def temperature_for_ess(rewards: Tensor, target: float) -> float:
         λ > 0, for ``importance_weights``.
     """
     require(target >= 1, f"the target effective sample size must be at least 1, got {target}")
-    given = [reward for reward in rewards.tolist() if reward > -math.inf]
+    given = [reward for reward in rewards.tolist() if math.isfinite(reward)]
     best = max(given)
     behind = [reward - best for reward in given]
     spread = -min(behind)
@@ -70,7 +71,7 @@ def temperature_for_ess(rewards: Tensor, target: float) -> float:
     after = 1 + bisect_left(range(1, _STEPS), target, key=lambda step: ess(width * step - _DECADES))
     low = width * (after - 1) - _DECADES
     below, above = ess(low), ess(low + width)
-    share = (target - below) / (above - below) if above > below else 0.0  # nearly straight between two steps so near
+    share = (target - below) / (above - below) if above > below else 0.0
     return float(spread * 10.0 ** (low + width * min(max(share, 0.0), 1.0)))
 
 

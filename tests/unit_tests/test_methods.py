@@ -88,6 +88,10 @@ def test_an_outlier_does_not_hide_the_differences_among_the_rest() -> None:
     assert effective_sample_size(importance_weights(rewards, temperature_for_ess(rewards, 2.0))) == pytest.approx(2)
 
 
+def test_no_rows_are_worth_none() -> None:
+    assert effective_sample_size(torch.empty(0)) == 0
+
+
 def test_an_effective_sample_size_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         temperature_for_ess(torch.tensor([1.0, 2.0]), 0.5)
