@@ -2,7 +2,8 @@
 
 Why: torch has one number of threads per process, which rewards share, so the engine leaves it alone, and small models
 gain from few. bfloat16 is for processors that multiply it; on others it is slow. Weights that are laid out once
-(`engine.packed`) are a copy, which has to pay. Every setting has an engine of its own, and they take turns.
+(`engine.packed`) are a copy, which has to pay, and so has a decoder of our own (`engine.fused`) beside the model's
+modules. Every setting has an engine of its own, and they take turns.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 
 from benchmarks.common import decode, median_with_interval, random_prompt, rounds, save, with_interval
 from langchain_aisp.engine import TransformersEngine
+from langchain_aisp.engine.packed import PackedProducts
+from langchain_aisp.engine.slots import SlotCache
 
 PROMPT = 64
 
@@ -29,13 +32,17 @@ def wave(engine: TransformersEngine, threads: int, rows: int, tokens: int, numbe
 Setting = tuple[int, str]
 """Threads and what multiplies."""
 
-PLAIN = "float32, not packed"
+WAYS = ("float32", "float32, by modules", "float32, by modules, not packed", "bfloat16")
 
 
 def load(model: str, products: str) -> TransformersEngine:
     """An engine that multiplies in this way."""
-    engine = TransformersEngine.from_pretrained(model, device="cpu", dtype=products.removesuffix(", not packed"))
-    if products == PLAIN:
+    dtype, *without = products.split(", ")
+    engine = TransformersEngine.from_pretrained(model, device="cpu", dtype=dtype)
+    if without and isinstance(engine.cache, SlotCache):
+        engine.cache.decoder = None
+        engine.packed = PackedProducts(engine.model)
+    if "not packed" in without:
         engine.packed.products = []
     return engine
 
@@ -61,8 +68,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="new tokens per row")
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
-    ways = ("float32", PLAIN, "bfloat16")
-    settings = [(threads, products) for threads in dict.fromkeys(args.threads) for products in ways]
+    settings = [(threads, products) for threads in dict.fromkeys(args.threads) for products in WAYS]
     engines = {(threads, products): load(args.model, products) for threads, products in settings}
     try:
         found = [compare(engines, rows, args) for rows in args.rows]

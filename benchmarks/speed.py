@@ -38,6 +38,7 @@ from langchain_aisp.align import Aligned, align
 from langchain_aisp.demo import scenarios
 from langchain_aisp.engine import TransformersEngine
 from langchain_aisp.engine.cache import decoder_config
+from langchain_aisp.engine.packed import PackedProducts
 from langchain_aisp.engine.transformers import resolve
 from langchain_aisp.methods import AISP, BestOfN, PublishedAISP
 from langchain_aisp.profiling import TimedMethod, Timeline
@@ -245,9 +246,10 @@ def measure(path: str, args: argparse.Namespace) -> dict[str, Any]:
             generate(engine, prompt, args.rows, args.tokens)
 
         bound = Bound(engine, args.rows, args.tokens)
+        packed = PackedProducts(engine.model)
 
         def packed_bound(prompt: Prompt) -> None:
-            with engine.packed.installed():
+            with packed.installed():
                 bound(prompt)
 
         results: dict[str, Any] = {

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from langchain_aisp.engine.cache import Cache, ExpandedCache, NoCache, Runner, Unsuited
+from langchain_aisp.engine.fused import FusedDecoder
 from langchain_aisp.engine.slots import SlotCache
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ def choose_cache(model: PreTrainedModel) -> Cache:
 
 
 _KINDS: dict[str, Callable[[PreTrainedModel], Cache]] = {
+    "slots past its modules": lambda model: SlotCache(model, FusedDecoder(model)),
     "slots": SlotCache,
     "a copied cache": ExpandedCache,
     "a copied cache that reads one token at a time": partial(ExpandedCache, most=1),

@@ -235,11 +235,15 @@ class _BucketStep:
     ) -> Tensor:
         """See ``SlotStore.attend``: the same over all columns, those that do not count yet masked."""
         if layer.source == index:
-            for buffer, new in zip(self._own[index], (key, value), strict=True):
-                buffer.index_copy_(2, self._column, new)
+            self.write(index, key, value)
         keys, values = self._own[layer.source]
         prompt, mask = self._prompt[layer.source], self._mask(layer.window)
         return attend_rows(query, keys, values, prompt, mask, scoring)
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """See ``SlotStore.write``."""
+        for buffer, new in zip(self._own[layer], (key, value), strict=True):
+            buffer.index_copy_(2, self._column, new)
 
     def advance(self, tokens: int) -> None:
         """Forget the masks of the pass; the store itself counts tokens."""

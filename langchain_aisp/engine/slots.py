@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import Cache as TransformersCache
 
 from langchain_aisp.engine.cache import Runner, Unsuited, decoder_config, input_device, is_recurrent
+from langchain_aisp.engine.packed import Product
 
 _LONGEST_TEXT = 1 << 20  # masks are read up to here
 _COLUMN_BLOCK = 16  # rows' buffers grow by so many columns at a time
@@ -212,7 +213,7 @@ class SlotStore:
         """
         asked, new = query.shape[2], key.shape[2]
         if layer.source == index:
-            self._write(index, key, value)
+            self.write(index, key, value)
         keys, values = self.buffers[layer.source]
         columns = self._columns(keys, new)
         keys, values = keys[: len(self), :, :columns], values[: len(self), :, :columns]
@@ -222,8 +223,8 @@ class SlotStore:
         prompt = self.prompt.layers[layer.source] if self.prompt.length else None
         return attend_rows(query, keys, values, prompt, mask, scoring)
 
-    def _write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Store the new keys and values of all rows in the columns from ``column`` on."""
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Store the new keys and values of all rows in the columns from ``column`` on, see ``attend``."""
         end = self.column + key.shape[2]
         keys, values = (
             self._room(buffer, new, end)
@@ -392,7 +393,7 @@ class _PromptStore(SlotStore):
         super().__init__(_NO_PROMPT, torch.zeros(1, dtype=torch.int64, device=device), 0)
         self._length = length
         for layer, (keys, values) in known.layers.items():
-            self._write(layer, keys[None], values[None])
+            self.write(layer, keys[None], values[None])
         self.column = known.length
 
     def _capacity(self, columns: int) -> int:
@@ -474,7 +475,7 @@ def _weights(scores: Tensor, mask: Tensor | None, sinks: Tensor | None, asked: i
 class _Attention(Protocol):
     """Who answers when a model's layer asks for attention."""
 
-    def attend(
+    def answer(
         self, index: int, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
     ) -> Tensor:
         """Attention [rows, q, query heads, dv] of one layer."""
@@ -497,30 +498,46 @@ class Attending(Protocol):
     ) -> Tensor:
         """See ``SlotStore.attend``."""
 
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """See ``SlotStore.write``."""
+
     def advance(self, tokens: int) -> None:
         """Count what a forward pass has written."""
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """One forward pass of the rows that it carries, in order."""
+class Pass:
+    """What the rows of one forward pass remember, store after store."""
 
     layers: Sequence[Layer]
     stores: Sequence[Attending]
 
-    def attend(
+    def answer(
         self, index: int, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
     ) -> Tensor:
+        """What a model's layer that asks the registry gets."""
         scaling = options.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        scoring = Scoring(scaling, options.get("softcap"), options.get("s_aux"))
+        return self.attend(index, query, key, value, Scoring(scaling, options.get("softcap"), options.get("s_aux")))
+
+    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        """Attention of one layer, see ``SlotStore.attend``."""
+        if len(self.stores) == 1 and len(self.stores[0]) == len(query):
+            return self.stores[0].attend(index, self.layers[index], query, key, value, scoring).contiguous()
         outputs, first = [], 0
         for store in self.stores:
             rows = slice(first, first := first + len(store))
             outputs.append(store.attend(index, self.layers[index], query[rows], key[rows], value[rows], scoring))
         if first < query.shape[0]:  # padding rows attend to nothing
             outputs.append(value.new_zeros(query.shape[0] - first, query.shape[2], query.shape[1], value.shape[-1]))
-        return outputs[0].contiguous() if len(outputs) == 1 else torch.cat(outputs)
+        return torch.cat(outputs)
+
+    def keep(self, index: int, key: Tensor, value: Tensor) -> None:
+        """Remember what one layer would attend to, [n, heads, new, d] each, and answer nothing."""
+        first = 0
+        for store in self.stores:
+            rows = slice(first, first := first + len(store))
+            store.write(index, key[rows], value[rows])
 
 
 @dataclass(frozen=True)
@@ -553,7 +570,7 @@ class _Reading:
         self._keys: dict[int, Tensor] = {}
         self._windows: dict[_Visible, int | None] = {}
 
-    def attend(
+    def answer(
         self, index: int, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
     ) -> Tensor:
         given = {name for name, option in options.items() if not (option is None or isinstance(option, bool))}
@@ -580,7 +597,7 @@ def _ask(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
     """The function that models call through transformers' attention registry."""
-    return _ANSWERS.get().attend(module.layer_idx, query, key, value, attention_mask, options), None
+    return _ANSWERS.get().answer(module.layer_idx, query, key, value, attention_mask, options), None
 
 
 def _keep_rule(*, mask_function: Any, **_: Any) -> _Visible:
@@ -610,6 +627,24 @@ class _PassThrough(TransformersCache):
         raise Unsuited("it asks its cache for the length of the text, and rows of a pass have many")
 
 
+class Decoder(Protocol):
+    """A model's layers past its modules; ``FusedDecoder`` says what the methods do."""
+
+    @property
+    def products(self) -> Sequence[Product]:
+        """What it multiplies with."""
+
+    @property
+    def applies(self) -> bool:
+        """Whether this pass can go past them."""
+
+    def logits(self, ids: Tensor, positions: Tensor, rows: Pass) -> Tensor:
+        """Logits of the last tokens."""
+
+    def read(self, ids: Tensor, positions: Tensor, rows: Pass) -> None:
+        """Keys and values only."""
+
+
 class SlotCache:
     """The prompt once for all rows, in one forward pass for all stores."""
 
@@ -617,10 +652,17 @@ class SlotCache:
     ragged = True
     divisible = True
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Take a model whose attention asks transformers' registry; raise ``Unsuited`` otherwise."""
+    def __init__(self, model: PreTrainedModel, decoder: Decoder | None = None) -> None:
+        """Take a model whose attention asks transformers' registry; raise ``Unsuited`` otherwise.
+
+        Args:
+            model: The model.
+            decoder: Runs the model's layers in its stead where it can.
+        """
         if is_recurrent(model):
             raise Unsuited("it has recurrent layers")
+        self.decoder = decoder
+        self.products = () if decoder is None else decoder.products
         self._run = Runner(model)
         self._model = model
         self.device = input_device(model)
@@ -656,7 +698,7 @@ class SlotCache:
         padded = torch.tensor([*ids, *[0] * (end - len(ids))], device=self.device)
         piece = _CPU_PIECE if self._on_cpu else _PIECE
         for part, places in zip(padded[first:].split(piece), positions[first:].split(piece), strict=True):
-            self.forward([store], part[None], places[None])
+            self._read([store], part[None], places[None])
         layers = {i: (keys[0, :, : len(ids)], values[0, :, : len(ids)]) for i, (keys, values) in store.buffers.items()}
         return _PromptKeys(len(ids), layers)
 
@@ -679,13 +721,13 @@ class SlotCache:
         ids = torch.tensor([[*chain, *[0] * (longest - len(chain))] for chain in chains], device=self.device)
         positions = prompt.length + torch.arange(longest, device=self.device).expand(len(chains), -1)
         store = SlotStore(prompt, torch.zeros(len(chains), dtype=torch.int64, device=self.device), 0)
-        self.forward([store], ids, positions)
+        self._read([store], ids, positions)
         return store
 
     def read(self, store: SlotStore, places: Tensor, ids: Tensor, positions: Tensor) -> None:
         """Let the rows in some places [m] read several tokens each, see ``RaggedCache``."""
         rows = store.pick(places)
-        self.forward([rows], ids, positions)
+        self._read([rows], ids, positions)
         store.put(places, rows)
 
     def step(self, batch: Sequence[tuple[SlotStore, Tensor, Tensor]], padding: int) -> Tensor:
@@ -698,10 +740,27 @@ class SlotCache:
 
     def forward(self, stores: Sequence[Attending], ids: Tensor, positions: Tensor) -> Tensor:
         """One pass of the model over tokens [n, q] of all stores' rows; logits of the last one, [n, 1, V]."""
-        with _attention(self._model, _DECODING, _Pass(self._layers, stores)):
-            logits: Tensor = self._run(ids, positions, _PassThrough()).logits
+        rows = Pass(self._layers, stores)
+        if self.decoder is not None and self.decoder.applies:
+            logits = self.decoder.logits(ids, positions, rows)
+        else:
+            logits = self._run_modules(ids, positions, rows)
         for store in stores:
             store.advance(ids.shape[1])
+        return logits
+
+    def _read(self, stores: Sequence[Attending], ids: Tensor, positions: Tensor) -> None:
+        """A pass whose logits nobody wants."""
+        if self.decoder is None or not self.decoder.applies:
+            self.forward(stores, ids, positions)
+            return
+        self.decoder.read(ids, positions, Pass(self._layers, stores))
+        for store in stores:
+            store.advance(ids.shape[1])
+
+    def _run_modules(self, ids: Tensor, positions: Tensor, rows: Pass) -> Tensor:
+        with _attention(self._model, _DECODING, rows):
+            logits: Tensor = self._run(ids, positions, _PassThrough()).logits
         return logits
 
 

@@ -122,7 +122,7 @@ class TransformersEngine:
         self._head = SteeredHead(output_head(model))
         self.head = measure_head(model, self._head)
         self.cache = choose_cache(model)
-        self.packed = PackedProducts(model)
+        self.packed = PackedProducts(model, self.cache.products if isinstance(self.cache, SlotCache) else ())
         self._graphs = self._make_graphs() if cuda_graphs else None
         self._vocabulary = self._make_vocabulary()
         self._prompts = RememberedPrompts(_share(self.cache.device, remembered_bytes))
