@@ -24,6 +24,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+ROW_MULTIPLE = 4  # a CPU's matrix products give a row the same bits for any count of rows from four on
+
 
 class Unsuited(Exception):
     """The cache does not fit the model; the message completes «… because»."""

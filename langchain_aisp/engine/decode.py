@@ -15,7 +15,7 @@ from llguidance import LLMatcher
 from torch import Tensor, nn
 
 from langchain_aisp import noise
-from langchain_aisp.engine.cache import Cache, RaggedCache, RaggedStore
+from langchain_aisp.engine.cache import ROW_MULTIPLE, Cache, RaggedCache, RaggedStore
 from langchain_aisp.engine.deviation import within
 from langchain_aisp.engine.grammar import Grammars, Matchers
 from langchain_aisp.engine.memory import ALTERNATIVES
@@ -25,7 +25,6 @@ from langchain_aisp.types import FinishReason, Observable, Wave
 if TYPE_CHECKING:
     from langchain_aisp.engine.graphs import StepGraphs
 
-_ROW_MULTIPLE = 4  # a CPU's matrix products give a row the same bits for any count of rows from four on
 _IDLE_SHARE = 8  # one place in so many may be idle where giving up costs more than they do
 _REASONS: tuple[FinishReason, ...] = ("stop", "length", "timeout")
 _WITHOUT_MASKS: frozenset[Observable] = frozenset({"prelogits", "unchecked_alternatives"})
@@ -542,8 +541,8 @@ class Rows:
         has to take the others anew.
         """
         if self._ragged is not None and self.rows.device.type == "cpu":
-            return _ROW_MULTIPLE
-        return max(_ROW_MULTIPLE, len(self) // _IDLE_SHARE) if self.enough is None else math.inf
+            return ROW_MULTIPLE
+        return max(ROW_MULTIPLE, len(self) // _IDLE_SHARE) if self.enough is None else math.inf
 
     def _nats_to_spend(self) -> Tensor | None:
         """Nats [n] that each row may still be steered away from the model; None where nothing bounds or steers it."""
@@ -619,7 +618,7 @@ def _forward(cache: Cache, head: SteeredHead, batch: Sequence[Rows], graphs: Ste
     both = any(rows.needs_both for rows in batch)
     logits = None if graphs is None or len(batch) > 1 else _replay(graphs, batch[0], both)
     if logits is None:
-        padding = -count % _ROW_MULTIPLE if cache.ragged else 0
+        padding = -count % ROW_MULTIPLE if cache.ragged else 0
         with head.editing(lambda hidden: _steer(hidden, batch, both)):
             logits = cache.step([rows.feed() for rows in batch], padding)
     padding = len(logits) // (1 + both) - count

@@ -136,7 +136,7 @@ class _Layer:
     def _project(self, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, [n, heads, q, d] each."""
         queries, keys = self._heads
-        projected = self._projected(_normed(hidden, self._before)).unflatten(-1, (-1, self._width))
+        projected = self._projected(_normed(hidden, self._before)).view(*hidden.shape[:2], -1, self._width)
         both, value = projected[:, :, : queries + keys], projected[:, :, queries + keys :]
         if self._of_queries is not None and self._of_keys is not None:
             parts = both.split((queries, keys), dim=2)

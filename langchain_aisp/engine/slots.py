@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache as TransformersCache
 
-from langchain_aisp.engine.cache import Runner, Unsuited, decoder_config, input_device, is_recurrent
+from langchain_aisp.engine.cache import ROW_MULTIPLE, Runner, Unsuited, decoder_config, input_device, is_recurrent
 from langchain_aisp.engine.packed import Product
 
 _LONGEST_TEXT = 1 << 20  # masks are read up to here
@@ -26,11 +26,11 @@ _COLUMN_BLOCK = 16  # rows' buffers grow by so many columns at a time
 _MEMORY_BLOCK = 64  # and the memory of rows that have ended by so many
 _SPARE_COLUMNS = 8  # so many columns that no row needs are put up with; to cut them off costs a copy of the others
 
-# Prompts are read in pieces, so that a long one needs little room. On a CPU pieces have one size and begin at its
-# multiples: a token's keys then come out of products of one shape and have the same bits whatever was remembered of the
-# prompt. Pieces that began anywhere differed (torch's attention sums in an order that depends on the number of queries
-# and keys), and with them, now and then, somebody's answer. Experts differ still: their products have as many rows as
-# tokens come to them.
+# Prompts are read in pieces, so that a long one needs little room. On a CPU pieces have one size, but the last, and
+# begin at its multiples: a token's keys then come out of products of one shape and have the same bits whatever was
+# remembered of the prompt. Pieces that began anywhere differed (torch's attention sums in an order that depends on the
+# number of queries and keys), and with them, now and then, somebody's answer. Experts differ still: their products have
+# as many rows as tokens come to them.
 _CPU_PIECE, _PIECE = 64, 2048
 
 
@@ -215,8 +215,9 @@ class SlotStore:
         if layer.source == index:
             self.write(index, key, value)
         keys, values = self.buffers[layer.source]
-        columns = self._columns(keys, new)
-        keys, values = keys[: len(self), :, :columns], values[: len(self), :, :columns]
+        rows, columns = len(self), self._columns(keys, new)
+        if keys.shape[0] > rows or keys.shape[2] > columns:
+            keys, values = keys[:rows, :, :columns], values[:rows, :, :columns]
         mask = self._mask(new, asked, layer.window, columns)
         if self.reads_prompt and scoring.plain:
             return _attend_piece(query, keys, values, mask, scoring.scaling)
@@ -225,18 +226,17 @@ class SlotStore:
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Store the new keys and values of all rows in the columns from ``column`` on, see ``attend``."""
-        end = self.column + key.shape[2]
-        keys, values = (
-            self._room(buffer, new, end)
-            for buffer, new in zip(self.buffers.get(layer, (None, None)), (key, value), strict=True)
-        )
-        keys[: len(self), :, self.column : end] = key
-        values[: len(self), :, self.column : end] = value
-        self.buffers[layer] = (keys, values)
+        new = key.shape[2]
+        known = self.buffers.get(layer)
+        if known is None or known[0].shape[2] < self.column + new:
+            old_keys, old_values = known or (None, None)
+            end = self.column + new
+            known = self.buffers[layer] = (self._room(old_keys, key, end), self._room(old_values, value, end))
+        for buffer, given in zip(known, (key, value), strict=True):
+            buffer[: len(self)].narrow(2, self.column, new).copy_(given)
 
     def _room(self, buffer: Tensor | None, new: Tensor, columns: int) -> Tensor:
-        if buffer is not None and buffer.shape[2] >= columns:
-            return buffer
+        """A buffer of so many columns or some more, with what the present one holds."""
         capacity = self._capacity(columns)
         rows, filled = (len(new), 0) if buffer is None else (len(buffer), self.column)
         grown = new.new_empty(rows, new.shape[1], capacity, new.shape[3])
@@ -432,38 +432,47 @@ def attend_rows(
     Returns:
         [n, q, query heads, dv]
     """
-    rows, query_heads, asked, _ = query.shape
-    query = query * scoring.scaling
-    query = query.reshape(rows, keys.shape[1], -1, query.shape[-1])  # queries of a group beside each other
-    scores = query @ keys.transpose(2, 3)
+    rows, query_heads, asked, width = query.shape
+    heads = keys.shape[1]
+    query = (query * scoring.scaling).reshape(rows, heads, -1, width)  # queries of a group beside each other
+    scores = _times_own(query, keys.transpose(2, 3))
     if prompt is not None:
         scores = torch.cat([_times_shared(query, prompt[0].transpose(1, 2)), scores], dim=-1)
     if scoring.softcap is not None:
         scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
     weights = _weights(scores, mask, scoring.sinks, asked).to(values.dtype)
     shared = 0 if prompt is None else prompt[0].shape[1]
-    out = weights[..., shared:] @ values
+    out = _times_own(weights[..., shared:], values)
     if prompt is not None:
-        out = out + _times_shared(weights[..., :shared], prompt[1])
+        out = out.add_(_times_shared(weights[..., :shared], prompt[1]))
     if asked == 1:  # which leaves the numbers where they are
-        return out.reshape(rows, 1, query_heads, -1)
+        return out.view(rows, 1, query_heads, -1)
     return out.reshape(rows, query_heads, asked, -1).transpose(1, 2)
+
+
+def _times_own(rows: Tensor, own: Tensor) -> Tensor:
+    """[n, heads, q, a] times [n, heads, a, b]; past ``matmul``, which takes longer to find out that it is this."""
+    count, heads, asked, _ = rows.shape
+    return torch.bmm(rows.flatten(0, 1), own.flatten(0, 1)).view(count, heads, asked, -1)
 
 
 def _times_shared(rows: Tensor, shared: Tensor) -> Tensor:
     """[n, heads, q, a] times [heads, a, b] in one product, so that the n rows read what they share once."""
-    count, heads, asked, _ = rows.shape
-    product = rows.transpose(0, 1).reshape(heads, count * asked, -1) @ shared
+    count, heads, asked, width = rows.shape
+    product = torch.bmm(rows.transpose(0, 1).reshape(heads, count * asked, width), shared)
     return product.view(heads, count, asked, -1).transpose(0, 1)
 
 
 def _weights(scores: Tensor, mask: Tensor | None, sinks: Tensor | None, asked: int) -> Tensor:
-    """Softmax of the scores [n, heads, group * q, keys] in float32; sinks take their share and are dropped."""
+    """Softmax of the scores [n, heads, group * q, keys] in float32; sinks take their share and are dropped.
+
+    The mask is added in place.
+    """
     if mask is None and sinks is None:
         return scores.softmax(dim=-1, dtype=torch.float32)
     grouped = scores.view(*scores.shape[:2], -1, asked, scores.shape[-1])  # [n, heads, group, q, keys]
     if mask is not None:
-        grouped = grouped + mask.to(scores.device, scores.dtype)
+        grouped = grouped.add_(mask.to(scores.device, scores.dtype))
     if sinks is None:
         weights = grouped.softmax(dim=-1, dtype=torch.float32)
     else:
@@ -524,20 +533,26 @@ class Pass:
         """Attention of one layer, see ``SlotStore.attend``."""
         if len(self.stores) == 1 and len(self.stores[0]) == len(query):
             return self.stores[0].attend(index, self.layers[index], query, key, value, scoring).contiguous()
-        outputs, first = [], 0
-        for store in self.stores:
-            rows = slice(first, first := first + len(store))
-            outputs.append(store.attend(index, self.layers[index], query[rows], key[rows], value[rows], scoring))
-        if first < query.shape[0]:  # padding rows attend to nothing
-            outputs.append(value.new_zeros(query.shape[0] - first, query.shape[2], query.shape[1], value.shape[-1]))
+        layer = self.layers[index]
+        *parts, (padding, *_) = self._parts(query, key, value)
+        outputs = [
+            store.attend(index, layer, own_query, own_key, own_value, scoring)
+            for store, (own_query, own_key, own_value) in zip(self.stores, parts, strict=True)
+        ]
+        if len(padding):  # it attends to nothing
+            outputs.append(value.new_zeros(len(padding), query.shape[2], query.shape[1], value.shape[-1]))
         return torch.cat(outputs)
 
     def keep(self, index: int, key: Tensor, value: Tensor) -> None:
         """Remember what one layer would attend to, [n, heads, new, d] each, and answer nothing."""
-        first = 0
-        for store in self.stores:
-            rows = slice(first, first := first + len(store))
-            store.write(index, key[rows], value[rows])
+        *parts, _ = self._parts(key, value)
+        for store, (own_key, own_value) in zip(self.stores, parts, strict=True):
+            store.write(index, own_key, own_value)
+
+    def _parts(self, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """What belongs to each store, and what to none."""
+        counts = [len(store) for store in self.stores]
+        return zip(*(each.split([*counts, len(each) - sum(counts)]) for each in rows), strict=True)
 
 
 @dataclass(frozen=True)
@@ -689,10 +704,10 @@ class SlotCache:
         """Read a prompt (perhaps empty) from its token ``common`` on, see ``Cache``."""
         if not ids:
             return _NO_PROMPT
-        if begun is not None and common == len(ids):
-            return begun.beginning(common)
         first = common - common % _CPU_PIECE if self._on_cpu else common
-        end = -(-len(ids) // _CPU_PIECE) * _CPU_PIECE if self._on_cpu else len(ids)
+        if begun is not None and common == len(ids) and (first == common or begun.length == common):
+            return begun.beginning(common)
+        end = _whole_blocks(len(ids), ROW_MULTIPLE) if self._on_cpu else len(ids)
         store = _PromptStore(_NO_PROMPT if begun is None else begun.beginning(first), end, self.device)
         positions = torch.arange(end, device=self.device).clamp(max=len(ids) - 1)  # padding may pass the longest text
         padded = torch.tensor([*ids, *[0] * (end - len(ids))], device=self.device)

@@ -87,6 +87,19 @@ def test_a_row_has_the_same_bits_however_many_others_there_are(title: str) -> No
         assert torch.equal(step(rows), whole[:rows])
 
 
+@every_family
+def test_keys_of_a_prompt_have_the_same_bits_whatever_was_read_before(title: str) -> None:
+    cache = choose_cache(model_of(title))
+    text = torch.randint(3, 100, (150,), generator=torch.Generator().manual_seed(2)).tolist()
+    with torch.inference_mode():
+        for known, length in ((70, 150), (130, 100), (130, 128), (10, 66)):
+            begun = cache.prefill(text[:known])
+            prompt, whole = cache.prefill(text[:length], begun, min(known, length)), cache.prefill(text[:length])
+            for layer, pair in prompt.layers.items():
+                for part, expected in zip(pair, whole.layers[layer], strict=True):
+                    assert torch.equal(part, expected), (known, length)
+
+
 def test_a_pass_for_keys_alone_computes_no_logits_and_no_last_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model()
     cache = SlotCache(model, FusedDecoder(model))

@@ -118,11 +118,13 @@ def tokens_read(engine: TransformersEngine, chat: Chat) -> tuple[int, Rollouts]:
 
 def test_the_next_turn_of_a_conversation_reads_only_its_new_tokens(engine) -> None:
     first, second = len(engine.encode(FIRST).ids) - 1, len(engine.encode(SECOND).ids) - 1
-    whole_pieces = -(-second // 64) * 64
-    assert tokens_read(engine, FIRST)[0] == -(-first // 64) * 64
-    assert tokens_read(engine, SECOND)[0] == whole_pieces - first // 64 * 64
+    whole_piece = first // 64 * 64
+    assert tokens_read(engine, FIRST)[0] == -(-first // 4) * 4
+    assert tokens_read(engine, SECOND)[0] == -(-second // 4) * 4 - whole_piece
     assert tokens_read(engine, SECOND)[0] == 0
-    assert tokens_read(engine, FIRST)[0] == 0  # the longer prompt serves its beginning
+    assert (
+        tokens_read(engine, FIRST)[0] == -(-first // 4) * 4 - whole_piece
+    )  # the longer prompt serves its whole pieces
 
 
 def test_answers_are_the_same_bits_whatever_is_remembered(engine) -> None:
