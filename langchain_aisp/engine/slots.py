@@ -103,6 +103,7 @@ class SlotStore:
         self._memory: _RowMemory | None = None
         self._masks: dict[tuple[int, int | None], Tensor] = {}  # of one forward pass
         self._step_mask: Tensor | None = None  # of all steps until rows or columns change
+        self._shown = -1  # the column that it shows last
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -226,14 +227,15 @@ class SlotStore:
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Store the new keys and values of all rows in the columns from ``column`` on, see ``attend``."""
-        new = key.shape[2]
+        rows, new = len(self), key.shape[2]
         known = self.buffers.get(layer)
         if known is None or known[0].shape[2] < self.column + new:
             old_keys, old_values = known or (None, None)
             end = self.column + new
             known = self.buffers[layer] = (self._room(old_keys, key, end), self._room(old_values, value, end))
         for buffer, given in zip(known, (key, value), strict=True):
-            buffer[: len(self)].narrow(2, self.column, new).copy_(given)
+            mine = buffer if buffer.shape[0] == rows else buffer[:rows]
+            mine.narrow(2, self.column, new).copy_(given)
 
     def _room(self, buffer: Tensor | None, new: Tensor, columns: int) -> Tensor:
         """A buffer of so many columns or some more, with what the present one holds."""
@@ -286,7 +288,9 @@ class SlotStore:
             own = torch.arange(-length, columns, device=first.device)
             hidden = (own >= 0) & (own < first[:, None]) | (own > self.column)
             self._step_mask = _hiding(hidden)[:, None, None, None]
-        self._step_mask[..., length + self.column] = 0
+        elif self._shown != self.column:  # the first layer of a step
+            self._step_mask[..., length + self.column] = 0
+        self._shown = self.column
         return self._step_mask
 
     def _build_mask(self, new: int, asked: int, window: int | None, columns: int) -> Tensor:
@@ -531,7 +535,7 @@ class Pass:
 
     def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Attention of one layer, see ``SlotStore.attend``."""
-        if len(self.stores) == 1 and len(self.stores[0]) == len(query):
+        if len(self.stores) == 1 and len(self.stores[0]) == query.shape[0]:
             return self.stores[0].attend(index, self.layers[index], query, key, value, scoring).contiguous()
         layer = self.layers[index]
         *parts, (padding, *_) = self._parts(query, key, value)
@@ -539,8 +543,8 @@ class Pass:
             store.attend(index, layer, own_query, own_key, own_value, scoring)
             for store, (own_query, own_key, own_value) in zip(self.stores, parts, strict=True)
         ]
-        if len(padding):  # it attends to nothing
-            outputs.append(value.new_zeros(len(padding), query.shape[2], query.shape[1], value.shape[-1]))
+        if padding.shape[0]:  # it attends to nothing
+            outputs.append(value.new_zeros(padding.shape[0], query.shape[2], query.shape[1], value.shape[-1]))
         return torch.cat(outputs)
 
     def keep(self, index: int, key: Tensor, value: Tensor) -> None:
@@ -552,7 +556,8 @@ class Pass:
     def _parts(self, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """What belongs to each store, and what to none."""
         counts = [len(store) for store in self.stores]
-        return zip(*(each.split([*counts, len(each) - sum(counts)]) for each in rows), strict=True)
+        counts.append(rows[0].shape[0] - sum(counts))
+        return zip(*(each.split_with_sizes(counts) for each in rows), strict=True)
 
 
 @dataclass(frozen=True)
