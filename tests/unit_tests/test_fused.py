@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,6 +195,12 @@ def subclass() -> PreTrainedModel:
 def test_other_models_are_refused_with_a_reason(make, reason: str) -> None:
     with pytest.raises(Unsuited, match=reason):
         FusedDecoder(make())
+
+
+def test_the_documentation_names_all_families() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text(encoding="utf-8")
+    assert tuple(FAMILIES) == fused._FAMILIES
+    assert f"{', '.join(FAMILIES[:-1])} and {FAMILIES[-1]} decode past their modules" in " ".join(text.split())
 
 
 def test_where_memory_is_short_the_modules_serve(
