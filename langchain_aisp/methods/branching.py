@@ -182,7 +182,14 @@ def path_nodes(tokens: Tensor, key: int) -> Tensor:
 
 def token_nodes(tokens: Tensor, positions: Tensor, key: int) -> Tensor:
     """What tokens at some positions, of shapes that can be broadcast, add to the hash of a text."""
-    return fold(key, tokens) * moved(positions)
+    reach = 1 << (int(tokens.max()) + 1 if tokens.numel() else 0).bit_length()
+    return _hashes(key, reach)[tokens + 1] * moved(positions)
+
+
+@lru_cache(maxsize=16)
+def _hashes(key: int, reach: int) -> Tensor:
+    """Hashes of the tokens from -1 to ``reach - 2``: texts have many more tokens than there are different ones."""
+    return fold(key, torch.arange(-1, reach - 1))
 
 
 def moved(by: Tensor) -> Tensor:
