@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +33,7 @@ _SPARE_COLUMNS = 8  # so many columns that no row needs are put up with; to cut 
 # number of queries and keys), and with them, now and then, somebody's answer. Experts differ still: their products have
 # as many rows as tokens come to them.
 _CPU_PIECE, _PIECE = 64, 2048
+_PIECES_AT_ONCE = 8  # of so many prompts side by side
 
 
 @dataclass(frozen=True)
@@ -400,6 +402,12 @@ class _PromptStore(SlotStore):
             self.write(layer, keys[None], values[None])
         self.column = known.length
 
+    def keys_of(self, length: int) -> _PromptKeys:
+        """What was read of the prompt, padding left out."""
+        return _PromptKeys(
+            length, {i: (keys[0, :, :length], values[0, :, :length]) for i, (keys, values) in self.buffers.items()}
+        )
+
     def _capacity(self, columns: int) -> int:
         return self._length
 
@@ -561,6 +569,28 @@ class Pass:
 
 
 @dataclass(frozen=True)
+class _SideBySide(Pass):
+    """Pieces of several prompts in one row, one after the other; so many tokens belong to each store."""
+
+    counts: Sequence[int]
+
+    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        layer = self.layers[index]
+        outputs = [
+            store.attend(index, layer, own_query, own_key, own_value, scoring)
+            for store, (own_query, own_key, own_value) in zip(self.stores, self._parts(query, key, value), strict=True)
+        ]
+        return torch.cat(outputs, dim=1)
+
+    def keep(self, index: int, key: Tensor, value: Tensor) -> None:
+        for store, (own_key, own_value) in zip(self.stores, self._parts(key, value), strict=True):
+            store.write(index, own_key, own_value)
+
+    def _parts(self, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        return zip(*(each.split_with_sizes(self.counts, dim=2) for each in rows), strict=True)
+
+
+@dataclass(frozen=True)
 class _Visible:
     """What a model takes for its attention mask while it is read: the rule (batch, head, query, key) -> bool itself."""
 
@@ -712,15 +742,45 @@ class SlotCache:
         first = common - common % _CPU_PIECE if self._on_cpu else common
         if begun is not None and common == len(ids) and (first == common or begun.length == common):
             return begun.beginning(common)
+        store, *pieces = self._pieces(ids, _NO_PROMPT if begun is None else begun.beginning(first))
+        for part, places in zip(*pieces, strict=True):
+            self._read([store], part[None], places[None])
+        return store.keys_of(len(ids))
+
+    @property
+    def reads_together(self) -> bool:
+        """Whether to read several prompts at once takes less time than one after the other."""
+        return self.decoder is not None
+
+    def prefill_together(self, prompts: Sequence[Sequence[int]]) -> list[_PromptKeys]:
+        """Read several prompts piece by piece side by side, so that products have more rows.
+
+        Each gets the keys that ``prefill`` would give it: only products see the others, to which a row is a row.
+        """
+        if self.decoder is None or not self.decoder.applies or not all(prompts):
+            return [self.prefill(ids) for ids in prompts]
+        found = [self._pieces(ids, _NO_PROMPT) for ids in prompts]
+        stores = [store for store, *_ in found]
+        for pieces in zip_longest(*(zip(parts, places, strict=True) for _, parts, places in found)):
+            beside = [(store, *piece) for store, piece in zip(stores, pieces, strict=True) if piece is not None]
+            for first in range(0, len(beside), _PIECES_AT_ONCE):
+                some, parts, places = zip(*beside[first : first + _PIECES_AT_ONCE], strict=True)
+                rows = _SideBySide(self._layers, some, [len(part) for part in parts])
+                self.decoder.read(torch.cat(parts)[None], torch.cat(places)[None], rows)
+                for store, part in zip(some, parts, strict=True):
+                    store.advance(len(part))
+        return [store.keys_of(len(ids)) for store, ids in zip(stores, prompts, strict=True)]
+
+    def _pieces(
+        self, ids: Sequence[int], known: _PromptKeys
+    ) -> tuple[_PromptStore, Sequence[Tensor], Sequence[Tensor]]:
+        """A store that knows the beginning of a prompt, and the rest in pieces: token ids and their positions."""
         end = _whole_blocks(len(ids), ROW_MULTIPLE) if self._on_cpu else len(ids)
-        store = _PromptStore(_NO_PROMPT if begun is None else begun.beginning(first), end, self.device)
         positions = torch.arange(end, device=self.device).clamp(max=len(ids) - 1)  # padding may pass the longest text
         padded = torch.tensor([*ids, *[0] * (end - len(ids))], device=self.device)
         piece = _CPU_PIECE if self._on_cpu else _PIECE
-        for part, places in zip(padded[first:].split(piece), positions[first:].split(piece), strict=True):
-            self._read([store], part[None], places[None])
-        layers = {i: (keys[0, :, : len(ids)], values[0, :, : len(ids)]) for i, (keys, values) in store.buffers.items()}
-        return _PromptKeys(len(ids), layers)
+        first = known.length
+        return _PromptStore(known, end, self.device), padded[first:].split(piece), positions[first:].split(piece)
 
     def size(self, prompt: _PromptKeys) -> int:
         """Bytes that a prompt takes."""

@@ -387,10 +387,27 @@ class TransformersEngine:
 
     def _admit(self) -> None:
         """Let waiting rows in, first come first served, while there are places and memory."""
+        self._read_ahead()
         while (taken := self._take()) is not None:
             job, part = taken
             if not job.future.cancelled():
                 self._start(job, part)
+
+    def _read_ahead(self) -> None:
+        """Read the prompts of those who wait together, once; whoever is let in finds his."""
+        if not isinstance(self.cache, SlotCache) or not self.cache.reads_together:
+            return
+        with self._wake:
+            jobs = [job for job in self._waiting if not job.read_ahead]
+        for job in jobs:
+            job.read_ahead = True
+        if len(jobs) < 2:
+            return
+        try:
+            with torch.inference_mode():
+                self._prompts.read_together(self.cache, [job.wave.prompt.ids[:-1] for job in jobs])
+        except Exception as error:  # it is told to whom it concerns when each is read alone
+            logger.info("prompts are not read together: %s", error)
 
     def _take(self) -> tuple[_Job, Tensor] | None:
         """The part that is to decode next, as much of it as there is room for; None when it has to wait."""
@@ -569,6 +586,7 @@ class _Job:
         self.future: Future[Rollouts] = Future()
         self.parts = deque(parts)
         self.finished: list[Rows] = []
+        self.read_ahead = False
 
 
 _engines: weakref.WeakSet[TransformersEngine] = weakref.WeakSet()

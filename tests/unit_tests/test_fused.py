@@ -13,6 +13,7 @@ from langchain_aisp.engine import TransformersEngine, fused, packed
 from langchain_aisp.engine.cache import Unsuited
 from langchain_aisp.engine.choice import choose_cache
 from langchain_aisp.engine.fused import FusedDecoder
+from langchain_aisp.engine.remembered import RememberedPrompts
 from langchain_aisp.engine.slots import SlotCache
 from tests import tiny
 from tests.architectures import BY_TITLE, build
@@ -99,6 +100,43 @@ def test_keys_of_a_prompt_have_the_same_bits_whatever_was_read_before(title: str
             for layer, pair in prompt.layers.items():
                 for part, expected in zip(pair, whole.layers[layer], strict=True):
                     assert torch.equal(part, expected), (known, length)
+
+
+@every_family
+def test_prompts_read_side_by_side_get_the_keys_that_each_gets_alone(title: str) -> None:
+    cache = choose_cache(model_of(title))
+    generator = torch.Generator().manual_seed(4)
+    lengths = (150, 3, 64, 65, 67, 130, 1, 128, 90, 20)  # more than are read at once
+    prompts = [torch.randint(3, 100, (length,), generator=generator).tolist() for length in lengths]
+    with torch.inference_mode():
+        together, alone = cache.prefill_together(prompts), [cache.prefill(ids) for ids in prompts]
+    for one, other in zip(together, alone, strict=True):
+        assert one.length == other.length
+        for layer, pair in one.layers.items():
+            for part, expected in zip(pair, other.layers[layer], strict=True):
+                assert torch.equal(part, expected)
+
+
+def test_waiting_prompts_are_read_side_by_side_unless_they_begin_alike() -> None:
+    model = tiny.model()
+    cache = SlotCache(model, FusedDecoder(model))
+    common = tuple(range(3, 80))
+    prompts = [(*common, 90), (4, 5, 6), (*common, 91), (7, 8, 9, 10), (4, 5, 6)]
+    read: list[int] = []
+    passes = cache.decoder.read
+    cache.decoder.read = lambda ids, *rest: (read.append(ids.shape[1]), passes(ids, *rest))
+    remembered = RememberedPrompts(1 << 30)
+    with torch.inference_mode():
+        remembered.read_together(cache, prompts)
+        assert read == [64 + 4 + 4, 16]
+        assert len(remembered) == 3
+        for ids in prompts:
+            assert remembered.read(cache, ids).length == len(ids)
+    assert read == [64 + 4 + 4, 16, 16]  # what begins like another one is read from the last whole piece on
+    remembered = RememberedPrompts(2 * cache.row_bytes(0, 4))  # half of which has room for one
+    with torch.inference_mode():
+        remembered.read_together(cache, [(3, 4, 5, 6), (7, 8, 9, 10)])
+    assert len(remembered) == 0
 
 
 def test_a_pass_for_keys_alone_computes_no_logits_and_no_last_layer(monkeypatch: pytest.MonkeyPatch) -> None:
