@@ -387,18 +387,18 @@ class TransformersEngine:
 
     def _admit(self) -> None:
         """Let waiting rows in, first come first served, while there are places and memory."""
-        self._read_ahead()
         while (taken := self._take()) is not None:
             job, part = taken
             if not job.future.cancelled():
+                self._read_ahead(job)
                 self._start(job, part)
 
-    def _read_ahead(self) -> None:
-        """Read the prompts of those who wait together, once; whoever is let in finds his."""
+    def _read_ahead(self, first: _Job) -> None:
+        """Read a prompt together with those of all who wait, each once; whoever is let in finds his."""
         if not isinstance(self.cache, SlotCache) or not self.cache.reads_together:
             return
         with self._wake:
-            jobs = [job for job in self._waiting if not job.read_ahead]
+            jobs = [job for job in (first, *self._waiting) if not job.read_ahead]
         for job in jobs:
             job.read_ahead = True
         if len(jobs) < 2:
