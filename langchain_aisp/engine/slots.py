@@ -576,18 +576,15 @@ class _SideBySide(Pass):
 
     def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         layer = self.layers[index]
+        *parts, _ = self._parts(query, key, value)
         outputs = [
             store.attend(index, layer, own_query, own_key, own_value, scoring)
-            for store, (own_query, own_key, own_value) in zip(self.stores, self._parts(query, key, value), strict=True)
+            for store, (own_query, own_key, own_value) in zip(self.stores, parts, strict=True)
         ]
         return torch.cat(outputs, dim=1)
 
-    def keep(self, index: int, key: Tensor, value: Tensor) -> None:
-        for store, (own_key, own_value) in zip(self.stores, self._parts(key, value), strict=True):
-            store.write(index, own_key, own_value)
-
     def _parts(self, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        return zip(*(each.split_with_sizes(self.counts, dim=2) for each in rows), strict=True)
+        return zip(*(each.split_with_sizes([*self.counts, 0], dim=2) for each in rows), strict=True)
 
 
 @dataclass(frozen=True)

@@ -122,9 +122,8 @@ def test_the_next_turn_of_a_conversation_reads_only_its_new_tokens(engine) -> No
     assert tokens_read(engine, FIRST)[0] == -(-first // 4) * 4
     assert tokens_read(engine, SECOND)[0] == -(-second // 4) * 4 - whole_piece
     assert tokens_read(engine, SECOND)[0] == 0
-    assert (
-        tokens_read(engine, FIRST)[0] == -(-first // 4) * 4 - whole_piece
-    )  # the longer prompt serves its whole pieces
+    rest = -(-first // 4) * 4 - whole_piece
+    assert tokens_read(engine, FIRST)[0] == rest  # the longer prompt serves its whole pieces
 
 
 def test_answers_are_the_same_bits_whatever_is_remembered(engine) -> None:
